@@ -1,0 +1,79 @@
+"""Files appear whole or not at all, and are known by their digest."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fmce_ops.errors import DiskError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success fsync it and rename it to ``path``.
+
+    On any failure the temporary file is removed and ``path`` is as it was before.
+
+    Raises
+    ------
+    DiskError
+        The disk is full, or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    except OSError as error:
+        if is_disk_failure(error):
+            raise DiskError(
+                f"{path} could not be written ({disk_reason(error)}): "
+                "free some space or choose another folder, then run the same command again."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+
+
+def is_disk_failure(error: OSError) -> bool:
+    """Whether the disk refused; h5py reports some of these without an ``errno``, in words."""
+    return error.errno in _DISK_ERRORS or "No space left" in str(error)
+
+
+def disk_reason(error: OSError) -> str:
+    """The system's words for what went wrong, without the path."""
+    return os.strerror(error.errno).lower() if error.errno else "no space left on device"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with sorted keys; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file's bytes (``md5`` is what DVC records)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
