@@ -1,0 +1,20 @@
+"""Images: prepared once into one file, read back, and made into batches."""
+
+from fmce_ops.data.batches import Augment, TrainBatches, augment, epoch_order, to_input
+from fmce_ops.data.images import Images, ImagesSummary
+from fmce_ops.data.prepare import prepare
+from fmce_ops.data.seeds import derive_seed
+from fmce_ops.data.sources import DATASETS
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Images",
+    "ImagesSummary",
+    "TrainBatches",
+    "augment",
+    "derive_seed",
+    "epoch_order",
+    "prepare",
+    "to_input",
+]

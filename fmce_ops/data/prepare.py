@@ -1,0 +1,207 @@
+"""Write the images of a data set into one file: uint8, split, with their channel statistics."""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from fmce_ops.data.images import FORMAT, ImagesSummary
+from fmce_ops.data.sources import Source, Split, open_source
+from fmce_ops.data.splits import Part, plan_splits
+from fmce_ops.errors import DataError
+from fmce_ops.files import atomic
+
+_BLOCK = 256  # images in memory at once
+_GREY = {"1", "L"}
+_COLOUR = {"RGB", "RGBA", "RGBX", "P", "PA", "LA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+def prepare(
+    dataset: str,
+    out: Path,
+    *,
+    root: Path,
+    image_size: int,
+    per_class: int | None,
+    validation: float,
+    test: float,
+    seed: int,
+) -> ImagesSummary:
+    """Write train, val and test of ``dataset`` to the HDF5 file ``out``.
+
+    The same inputs and seed give the same bytes. Images that are all square, of one size and no
+    larger than ``image_size`` stay as they are; otherwise each is cropped to its central square
+    and resized to ``image_size``. All-grey data sets keep one channel.
+
+    Parameters
+    ----------
+    dataset
+        One of :data:`DATASETS`.
+    root
+        Folder of the data set's files; torchvision's data sets are downloaded to it if need be.
+    image_size
+        Side in pixels that the images may have at most.
+    per_class, validation, test, seed
+        See :func:`fmce_ops.data.splits.plan_splits`.
+
+    Raises
+    ------
+    ParamsError
+        A fraction or ``per_class`` is out of range.
+    DataError
+        Images are missing or damaged, or a class is empty in a split.
+    DiskError
+        ``out`` could not be written.
+    """
+    source = open_source(dataset, root)
+    parts = plan_splits(
+        {name: split.labels for name, split in source.splits.items()},
+        source.classes,
+        validation=validation,
+        test=test,
+        per_class=per_class,
+        seed=seed,
+    )
+    form = _common_form(source, parts, image_size)
+    # The range of HDF5 versions is fixed, for the bytes of the file depend on it.
+    with atomic(out) as temporary, h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+        return _write(file, dataset, source, parts, form)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What every image becomes: PIL's mode "L" or "RGB", and the side in pixels."""
+
+    mode: str
+    side: int
+
+    @property
+    def channels(self) -> int:
+        return len(self.mode)
+
+
+def _common_form(source: Source, parts: Mapping[str, Part], image_size: int) -> _Form:
+    """Look at the headers of all chosen images; the pixels are not decoded."""
+    sizes: set[tuple[int, int]] = set()
+    mode = "L"
+    for part in parts.values():
+        split = source.splits[part.source]
+        for index in part.indices.tolist():
+            size, image_mode = _header(split, index)
+            sizes.add(size)
+            if image_mode not in _GREY:
+                mode = "RGB"
+    width, height = next(iter(sizes))
+    as_they_are = len(sizes) == 1 and width == height <= image_size
+    return _Form(mode, width if as_they_are else image_size)
+
+
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def _header(split: Split, index: int) -> tuple[tuple[int, int], str]:
+    try:
+        with split.image(index) as image:
+            size, mode = image.size, image.mode
+    except _UNREADABLE as error:
+        raise _unreadable(split, index) from error
+    if mode not in _GREY | _COLOUR:
+        raise DataError(
+            f"{split.name(index)} has pixels of the kind {mode!r}: "
+            "convert it to 8 bits a channel, or remove it."
+        )
+    return size, mode
+
+
+def _pixels(split: Split, index: int, form: _Form) -> NDArray[np.uint8]:
+    """One image as uint8 (c, s, s)."""
+    try:
+        with split.image(index) as image:
+            fitted = image.convert(form.mode)
+    except _UNREADABLE as error:
+        raise _unreadable(split, index) from error
+    if fitted.size != (form.side, form.side):
+        fitted = ImageOps.fit(fitted, (form.side, form.side), Image.Resampling.BILINEAR)
+    values = np.asarray(fitted).reshape(form.side, form.side, form.channels)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _unreadable(split: Split, index: int) -> DataError:
+    return DataError(
+        f"{split.name(index)} is damaged or is not an image: replace it, or remove it."
+    )
+
+
+def _write(
+    file: h5py.File, dataset: str, source: Source, parts: Mapping[str, Part], form: _Form
+) -> ImagesSummary:
+    histograms = {
+        name: _write_split(file.create_group(name), source.splits[part.source], part, form)
+        for name, part in parts.items()
+    }
+    mean, std = channel_statistics(histograms["train"])
+    summary = ImagesSummary(
+        dataset=dataset,
+        counts={name: len(part.indices) for name, part in parts.items()},
+        classes=source.classes,
+        channels=form.channels,
+        side=form.side,
+        mean=mean,
+        std=std,
+    )
+    # Strings of fixed length: those of variable length lie in a heap whose layout may differ.
+    file.attrs["format"] = FORMAT
+    file.attrs["dataset"] = np.bytes_(dataset.encode())
+    file.attrs["classes"] = np.bytes_(json.dumps(source.classes).encode())
+    file.attrs["mean"] = np.array(mean)
+    file.attrs["std"] = np.array(std)
+    return summary
+
+
+def _write_split(group: Any, split: Split, part: Part, form: _Form) -> NDArray[np.int64]:
+    """Write images and labels block by block; return the histogram (c, 256) of the pixels."""
+    count = len(part.indices)
+    shape = (count, form.channels, form.side, form.side)
+    images = group.create_dataset("images", shape, np.uint8, track_times=False)
+    group.create_dataset("labels", data=split.labels[part.indices], track_times=False)
+    histogram = np.zeros((form.channels, 256), np.int64)
+    for start, indices in _blocks(part.indices.tolist()):
+        block = np.stack([_pixels(split, index, form) for index in indices])
+        images[start : start + len(block)] = block
+        for channel in range(form.channels):
+            histogram[channel] += np.bincount(block[:, channel].ravel(), minlength=256)
+    return histogram
+
+
+def _blocks(indices: list[int]) -> Iterator[tuple[int, list[int]]]:
+    for start in range(0, len(indices), _BLOCK):
+        yield start, indices[start : start + _BLOCK]
+
+
+def channel_statistics(
+    histogram: NDArray[np.int64],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in 0..1, exact from its histogram (c, 256).
+
+    The deviation is given as 1 where a channel is constant, so that it can divide.
+    """
+    values = np.arange(256) / 255
+    weights = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = weights @ values
+    std = np.sqrt((weights * (values - mean[:, None]) ** 2).sum(axis=1))
+    constant = (histogram > 0).sum(axis=1) == 1
+    return tuple(mean.tolist()), tuple(np.where(constant, 1.0, std).tolist())
