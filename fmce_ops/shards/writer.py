@@ -1,0 +1,255 @@
+"""Write a shard batch by batch, in constant memory; it appears whole or not at all."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from fmce_ops.errors import ShardError
+from fmce_ops.files import atomic, file_digest
+from fmce_ops.shards.layout import Layout, check_header, create, open_file, refused
+from fmce_ops.shards.manifest import Shard, check_layout, shard_file
+
+Integers = npt.NDArray[np.int64]
+
+# The exponent of infinity and NaN: at or above it, sign aside, no bit pattern is a number.
+_NOT_FINITE = {
+    "float16": (np.uint16, 0x7FFF, 0x7C00),
+    "float32": (np.uint32, 2**31 - 1, 0x7F800000),
+}
+
+
+class ShardWriter:
+    """Writes one shard, ``phase-<phase>-part-<part>.h5`` in ``folder``, from batches in order.
+
+    The same maps give the same bytes, however they are split into batches.
+
+    Parameters
+    ----------
+    folder : Path
+        The store's folder; made if it is not there.
+    phase, part : int
+        Phase counts from 1, the parts of a phase from 0.
+    start, count : int
+        The shard will hold positions ``start`` to ``start + count - 1``, and exactly these.
+    shape : tuple of int
+        Shape of one map, e.g. ``(C, H, W)``.
+    dtype : {"float16", "float32"}
+    compression : {None, "zstd"}
+        None is about ten times faster to read at random; zstd halves the maps of a ReLU network.
+
+    Examples
+    --------
+    >>> with ShardWriter(folder, phase=1, part=0, start=0, count=2, shape=(8, 4, 4)) as writer:
+    ...     writer.append(torch.rand(2, 8, 4, 4), index=[0, 1], label=[7, 3])
+    >>> shard = writer.close()
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        phase: int,
+        part: int,
+        start: int,
+        count: int,
+        shape: tuple[int, ...],
+        dtype: str = "float16",
+        compression: str | None = None,
+    ) -> None:
+        check_layout(dtype, compression, shape)
+        self._layout = Layout(phase, start, count, tuple(shape), dtype, compression)
+        self._path = Path(folder) / shard_file(phase, part)
+        self._part = part
+        self._rows = 0
+        self._held = np.empty((0, *shape), dtype)
+        self._shard: Shard | None = None
+        _remove_leftovers(self._path)
+        self._life = ExitStack()
+        self._temporary = self._life.enter_context(atomic(self._path))
+        with self._discarded_on_error():
+            self._file = self._life.enter_context(create(self._temporary, self._layout))
+
+    def append(self, maps: Any, index: npt.ArrayLike, label: npt.ArrayLike) -> None:
+        """Add the next maps.
+
+        Parameters
+        ----------
+        maps : array or CPU tensor of shape (n, C, H, W)
+            Any float type; rounded to the shard's.
+        index : array of shape (n,)
+            Number of each image in its data set.
+        label : array of shape (n,)
+            Class of each image.
+
+        Raises
+        ------
+        ShardError
+            A value is not finite or too large for the type, shapes do not fit, or there are more
+            maps than promised. The shard is discarded.
+        DiskError
+            The disk is full. The shard is discarded.
+        """
+        with self._discarded_on_error():
+            rows, labels = _integers(index), _integers(label)
+            values = self._converted(maps)
+            self._check_fit(values, rows, labels)
+            self._check_finite(values, maps, rows)
+            stop = self._rows + len(values)
+            self._file["index"][self._rows : stop] = rows
+            self._file["label"][self._rows : stop] = labels
+            self._write(values, stop)
+
+    def close(self) -> Shard:
+        """Finish the file: flush it to the disk, give it its name, and return its record.
+
+        Raises
+        ------
+        ShardError
+            There are fewer maps than promised. The shard is discarded.
+        DiskError
+            The disk is full. The shard is discarded.
+        """
+        if self._shard is None:
+            with self._discarded_on_error():
+                self._shard = self._finish()
+        return self._shard
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._life.__exit__(kind, error, traceback)
+
+    @contextmanager
+    def _discarded_on_error(self) -> Iterator[None]:
+        with ExitStack() as guard:
+            guard.push(self._life)
+            yield
+            guard.pop_all()
+
+    def _converted(self, maps: Any) -> npt.NDArray[Any]:
+        """The maps in the shard's type; too large a value becomes infinite."""
+        dtype = self._layout.dtype
+        if isinstance(maps, torch.Tensor):
+            return maps.detach().to("cpu", getattr(torch, dtype)).contiguous().numpy()
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(maps, dtype=dtype)
+
+    def _check_finite(self, values: npt.NDArray[Any], maps: Any, index: Integers) -> None:
+        kind, magnitude, limit = _NOT_FINITE[self._layout.dtype]
+        # Bits, and one map at a time, stay in the processor's cache: ten times faster than isfinite
+        for row, bits in enumerate(values.view(kind)):
+            if (bits & magnitude).max() >= limit:
+                self._refuse(torch.as_tensor(maps[row]), int(index[row]))
+
+    def _refuse(self, image: torch.Tensor, number: int) -> NoReturn:
+        where = f"Phase {self._layout.phase}, image {number}"
+        if torch.isfinite(image).all():
+            raise ShardError(
+                f"{where}: a value of {image.abs().max().item():.6g} does not fit "
+                f"{self._layout.dtype}: write the store with dtype float32."
+            )
+        raise ShardError(
+            f"{where}: the feature map is not finite: lower the learning rate and train again."
+        )
+
+    def _check_fit(self, values: npt.NDArray[Any], *numbers: Integers) -> None:
+        n, shape = len(values), self._layout.shape
+        if values.shape[1:] != shape or any(array.shape != (n,) for array in numbers):
+            raise ShardError(
+                f"{self._path} takes maps of shape {shape} with one index and one label each, and "
+                f"was given maps {values.shape[1:]}: give all three for the same {n} images."
+            )
+        if self._rows + n > self._layout.count:
+            raise ShardError(
+                f"{self._path} was promised {self._layout.count} maps and was given "
+                f"{self._rows + n}: state the right count."
+            )
+
+    def _write(self, values: npt.NDArray[Any], stop: int) -> None:
+        """Write whole chunks and hold the rest back, so that no chunk is compressed twice."""
+        first = self._rows - len(self._held)
+        if len(self._held):
+            values = np.concatenate([self._held, values])
+        last = stop if stop == self._layout.count else stop - stop % self._layout.chunk_rows
+        self._file["maps"][first:last] = values[: last - first]
+        self._held = values[last - first :].copy()
+        self._rows = stop
+
+    def _finish(self) -> Shard:
+        if self._rows != self._layout.count:
+            raise ShardError(
+                f"{self._path} was promised {self._layout.count} maps and got {self._rows}: "
+                "state the right count, or give it every image."
+            )
+        self._file.close()
+        # The digest is taken from the page cache while the disk still writes.
+        with ThreadPoolExecutor(1) as pool, self._temporary.open("rb") as whole:
+            digest = pool.submit(hashlib.file_digest, whole, "sha256")
+            self._life.close()
+            return _record(self._path, self._layout, self._part, digest.result().hexdigest())
+
+
+def existing(
+    folder: Path,
+    *,
+    phase: int,
+    part: int,
+    start: int,
+    count: int,
+    shape: tuple[int, ...],
+    dtype: str = "float16",
+    compression: str | None = None,
+) -> Shard | None:
+    """The record of a shard that an earlier, interrupted run finished; None if there is none.
+
+    The parameters are those of `ShardWriter`. The file is read from end to end.
+
+    Raises
+    ------
+    ShardError
+        A file of that name is there, but is not such a shard.
+    """
+    layout = Layout(phase, start, count, tuple(shape), dtype, compression)
+    path = Path(folder) / shard_file(phase, part)
+    if not path.exists() and not path.is_symlink():
+        return None
+    with refused(path):
+        if path.is_symlink() or not path.is_file():
+            raise ShardError("is not a plain file")
+        with open_file(path) as file:
+            check_header(file, layout)
+        return _record(path, layout, part, file_digest(path))
+
+
+def _record(path: Path, layout: Layout, part: int, digest: str) -> Shard:
+    size = path.stat().st_size
+    return Shard(path.name, layout.phase, part, layout.start, layout.count, size, digest)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a killed writer of the same shard left; the name is that of `files.atomic`."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _integers(values: npt.ArrayLike) -> Integers:
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ShardError(f"An index or label is a whole number, not {array.dtype}: convert it.")
+    return array.astype(np.int64)
