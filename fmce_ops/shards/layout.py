@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import hdf5plugin
 import numpy as np
+
 from fmce_ops.errors import ShardError
 from fmce_ops.shards.manifest import FORMAT, map_bytes
 

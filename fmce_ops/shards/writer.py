@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from fmce_ops.errors import ShardError
 from fmce_ops.files import atomic, file_digest
 from fmce_ops.shards.layout import Layout, check_header, create, open_file, refused
