@@ -199,6 +199,8 @@ def _statistic(path: Path, file: h5py.File, name: str, channels: int) -> tuple[f
 def _read_split(path: Path, file: h5py.File, split: str) -> tuple[Any, Any]:
     if not isinstance(file.get(split, getlink=True), h5py.HardLink):
         _refuse(path, f"lacks the split {split!r} or takes it from elsewhere")
+    if not isinstance(file[split], h5py.Group):
+        _refuse(path, f"has no images in the split {split!r}")
     images = _dataset(path, file[split], "images", np.dtype(np.uint8), 4)
     labels = _dataset(path, file[split], "labels", np.dtype(np.int64), 1)
     if len(images) != len(labels) or not len(labels):

@@ -18,7 +18,7 @@ from fmce_ops.data.splits import Part, plan_splits
 from fmce_ops.errors import DataError
 from fmce_ops.files import atomic
 
-_BLOCK = 256  # images in memory at once
+_BLOCK = 64  # images in memory at once
 _GREY = {"1", "L"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "P", "PA", "LA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 

@@ -119,9 +119,10 @@ def _torchvision(dataset: str, root: Path) -> Source:
         pickle.PickleError,
     ) as error:
         folder = root / kind.folder
+        damaged = ", ".join(kind.damaged(folder)) or error
         raise DataError(
             f"{dataset} could not be read or downloaded, for {folder} lacks these files or holds "
-            f"damaged ones: {', '.join(kind.damaged(folder))}; put the original files there, "
+            f"damaged ones: {damaged}; put the original files there, "
             "or delete the damaged ones and run again with a connection."
         ) from error
     return Source(

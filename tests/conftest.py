@@ -1,0 +1,19 @@
+"""What several tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real data sets that are too large for the repository."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("FMCE_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("no real data sets: set FMCE_TEST_DATA to the folder that holds MNIST/raw etc.")
+    return folder

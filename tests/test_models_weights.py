@@ -1,0 +1,83 @@
+"""Weights on disk: the same bytes every time, and damage is noticed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fmce_ops.errors import ModelError
+from fmce_ops.files import file_digest
+from fmce_ops.models import build, load_into, load_weights, save_weights
+from torch import nn
+
+WORDS = {"epoch": "3", "phase": "1", "dataset": "digits", "note": '\u00e9\n"'}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_weights(tmp_path / "net.safetensors", nn.Linear(4, 3).state_dict(), WORDS)
+    return tmp_path / "net.safetensors"
+
+
+def test_a_classifier_comes_back_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    first, second = (build("shufflenet_v2_x0_5", 10, stem="small", in_size=32) for _ in range(2))
+    first = first.to(memory_format=torch.channels_last)
+    first(torch.rand(4, 3, 32, 32))  # moves the batch norm statistics
+    save_weights(path, first.state_dict(), WORDS)
+    assert load_into(second, path) == WORDS
+    state, words = load_weights(path)
+    assert words == WORDS
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+        assert torch.equal(value, state[name]) and value.dtype == state[name].dtype
+
+
+def test_tied_weights_are_stored_under_both_names(tmp_path: Path) -> None:
+    weight = torch.rand(3)
+    save_weights(tmp_path / "tied.safetensors", {"a": weight, "b": weight}, {})
+    state, _ = load_weights(tmp_path / "tied.safetensors")
+    assert torch.equal(state["a"], weight) and torch.equal(state["b"], weight)
+
+
+def test_the_bytes_depend_on_the_content_alone(tmp_path: Path) -> None:
+    call = (
+        "import sys, torch; from pathlib import Path; from fmce_ops.models import save_weights; "
+        "save_weights(Path(sys.argv[1]), {'b': torch.ones(2), 'a': torch.zeros(3)}, "
+        "{k: k for k in 'hgfedcba'})"
+    )
+    subprocess.run([sys.executable, "-c", call, str(tmp_path / "there")], check=True)
+    state = {"a": torch.zeros(3), "b": torch.ones(2)}
+    save_weights(tmp_path / "here", state, {key: key for key in "abcdefgh"})
+    assert file_digest(tmp_path / "here") == file_digest(tmp_path / "there")
+
+
+@pytest.mark.parametrize("length", [0, 4, 60, -1])
+def test_a_truncated_file_is_refused(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ModelError, match=r"net\.safetensors is missing or is not a whole"):
+        load_weights(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"absent is missing"):
+        load_into(nn.Linear(1, 1), tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear(4, 2), r"2 of its weights differ in name or shape \('bias' first\)"),
+        (nn.Linear(4, 3, bias=False), r"1 of its weights differ .*'bias'"),
+        (nn.Sequential(nn.Linear(4, 3)), r"4 of its weights differ"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(
+    path: Path, module: nn.Module, message: str
+) -> None:
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ModelError, match=message):
+        load_into(module, path)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
