@@ -308,3 +308,30 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     # 84 MB of pixels pass through; two blocks of 64 images and the list of a third are 23 MB.
     assert (tmp_path / "images.h5").stat().st_size > 83e6
     assert grown < 50_000, grown  # kB
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from fmce_ops.data import prepare
+from fmce_ops.errors import DiskError
+
+small = Path(sys.argv[1])
+try:
+    prepare("digits", small / "images.h5", root=small, image_size=32, per_class=None,
+            validation=0.1, test=0.2, seed=0)
+except DiskError as error:
+    print(error, list(small.iterdir()))
+"""
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
+    own_mounts = ["unshare", "--mount", "--map-root-user"]
+    mount = f"mount -t tmpfs -o size=100k tmpfs {tmp_path}"
+    if not shutil.which("unshare") or subprocess.run([*own_mounts, "sh", "-c", mount]).returncode:
+        pytest.skip("this system lets no test mount a disk, so that a full one cannot be made")
+    run = f'{mount} && exec "$0" -c "$1" {tmp_path}'
+    command = [*own_mounts, "sh", "-c", run, sys.executable, FULL_DISK]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "images.h5 could not be written (no space left on device)" in output
+    assert output.rstrip().endswith("[]")

@@ -67,7 +67,8 @@ class Images:
             The file is missing, damaged, of another format, or refers to other files.
         """
         try:
-            file = h5py.File(path, "r")
+            # No lock: the file may lie on a read-only or network disk.
+            file = h5py.File(path, "r", locking=False)
         except OSError as error:
             raise _damage(path, "is missing or is not a whole HDF5 file") from error
         try:

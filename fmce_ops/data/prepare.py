@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -19,6 +19,7 @@ from fmce_ops.errors import DataError
 from fmce_ops.files import atomic
 
 _BLOCK = 64  # images in memory at once
+_VERSIONS = ("v110", "v110")  # of HDF5: the bytes of a file depend on them
 _GREY = {"1", "L"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "P", "PA", "LA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 
@@ -70,9 +71,8 @@ def prepare(
         seed=seed,
     )
     form = _common_form(source, parts, image_size)
-    # The range of HDF5 versions is fixed, for the bytes of the file depend on it.
-    with atomic(out) as temporary, h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-        return _write(file, dataset, source, parts, form)
+    with atomic(out) as temporary:
+        return _write(temporary, dataset, source, parts, form)
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,21 @@ def _unreadable(split: Split, index: int) -> DataError:
 
 
 def _write(
-    file: h5py.File, dataset: str, source: Source, parts: Mapping[str, Part], form: _Form
+    path: Path, dataset: str, source: Source, parts: Mapping[str, Part], form: _Form
 ) -> ImagesSummary:
-    histograms = {
-        name: _write_split(file.create_group(name), source.splits[part.source], part, form)
-        for name, part in parts.items()
-    }
+    offsets = _lay_out(path, dataset, source.classes, parts, form)
+    histograms = {}
+    # HDF5 reports a full disk only when it closes the file, and may crash then; a plain file
+    # reports it at once. So HDF5 decides where the values lie, and they are written past it.
+    with path.open("r+b") as file:
+        for name, part in parts.items():
+            split = source.splits[part.source]
+            histograms[name] = _fill(file, offsets[name], split, part, form)
     mean, std = channel_statistics(histograms["train"])
-    summary = ImagesSummary(
+    with h5py.File(path, "r+", libver=_VERSIONS) as file:
+        file.attrs.modify("mean", np.array(mean))
+        file.attrs.modify("std", np.array(std))
+    return ImagesSummary(
         dataset=dataset,
         counts={name: len(part.indices) for name, part in parts.items()},
         classes=source.classes,
@@ -163,33 +170,53 @@ def _write(
         mean=mean,
         std=std,
     )
-    # Strings of fixed length: those of variable length lie in a heap whose layout may differ.
-    file.attrs["format"] = FORMAT
-    file.attrs["dataset"] = np.bytes_(dataset.encode())
-    file.attrs["classes"] = np.bytes_(json.dumps(source.classes).encode())
-    file.attrs["mean"] = np.array(mean)
-    file.attrs["std"] = np.array(std)
-    return summary
 
 
-def _write_split(group: Any, split: Split, part: Part, form: _Form) -> NDArray[np.int64]:
-    """Write images and labels block by block; return the histogram (c, 256) of the pixels."""
-    count = len(part.indices)
+def _lay_out(
+    path: Path, dataset: str, classes: tuple[str, ...], parts: Mapping[str, Part], form: _Form
+) -> dict[str, tuple[int, int]]:
+    """Create the file without its values; return where images and labels of each split begin."""
+    with h5py.File(path, "w", libver=_VERSIONS) as file:
+        # Strings of fixed length: those of variable length lie in a heap whose layout may differ.
+        file.attrs["format"] = FORMAT
+        file.attrs["dataset"] = np.bytes_(dataset.encode())
+        file.attrs["classes"] = np.bytes_(json.dumps(classes).encode())
+        file.attrs["mean"] = file.attrs["std"] = np.zeros(form.channels)
+        return {
+            name: _lay_out_split(file.create_group(name), len(part.indices), form)
+            for name, part in parts.items()
+        }
+
+
+def _lay_out_split(group: Any, count: int, form: _Form) -> tuple[int, int]:
+    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     shape = (count, form.channels, form.side, form.side)
-    images = group.create_dataset("images", shape, np.uint8, track_times=False)
-    group.create_dataset("labels", data=split.labels[part.indices], track_times=False)
+    images = group.create_dataset("images", shape, "u1", dcpl=early, track_times=False)
+    labels = group.create_dataset("labels", (count,), "<i8", dcpl=early, track_times=False)
+    return images.id.get_offset(), labels.id.get_offset()
+
+
+def _fill(
+    file: BinaryIO, offsets: tuple[int, int], split: Split, part: Part, form: _Form
+) -> NDArray[np.int64]:
+    """Write labels and, block by block, images; return the histogram (c, 256) of the pixels."""
+    file.seek(offsets[1])
+    file.write(split.labels[part.indices].astype("<i8").tobytes())
+    file.seek(offsets[0])
     histogram = np.zeros((form.channels, 256), np.int64)
-    for start, indices in _blocks(part.indices.tolist()):
+    for indices in _blocks(part.indices.tolist()):
         block = np.stack([_pixels(split, index, form) for index in indices])
-        images[start : start + len(block)] = block
+        file.write(block.tobytes())
         for channel in range(form.channels):
             histogram[channel] += np.bincount(block[:, channel].ravel(), minlength=256)
     return histogram
 
 
-def _blocks(indices: list[int]) -> Iterator[tuple[int, list[int]]]:
+def _blocks(indices: list[int]) -> Iterator[list[int]]:
     for start in range(0, len(indices), _BLOCK):
-        yield start, indices[start : start + _BLOCK]
+        yield indices[start : start + _BLOCK]
 
 
 def channel_statistics(
