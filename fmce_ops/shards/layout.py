@@ -4,6 +4,8 @@ Written the same way always, so a file that differs in any respect is not ours a
 from its header alone, before anything is allocated or read for it.
 """
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,13 +63,41 @@ class Layout:
 
 def create(path: Path, layout: Layout) -> h5py.File:
     """Create the file with its datasets, all of their space reserved and nothing filled in."""
+    # HDF5 cannot recover from a full disk and takes the process with it, so the disk has to be
+    # found full before HDF5 writes; once more behind it, as it empties the file.
+    _reserve(path, layout)
     # Pinned, as the default changes between releases of HDF5 and the bytes with it.
     file = h5py.File(path, "w", libver=("v108", "v108"), locking=False)
     for name, value in layout.attributes.items():
         file.attrs.create(name, value, dtype="<i8")
     for name, (shape, dtype) in layout.datasets.items():
         file.create_dataset(name, shape, dtype, **_storage(name, layout))
+    _reserve(path, layout)
     return file
+
+
+def _reserve(path: Path, layout: Layout) -> None:
+    """Reserve the space of the maps uncompressed, and some for HDF5; `finish` returns the rest."""
+    maps = layout.count * (map_bytes(layout.shape, layout.dtype) + 16)
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with path.open("ab") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, maps + maps // 32 + 2**20)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the disk's format cannot
+                raise
+
+
+def finish(file: h5py.File) -> None:
+    """Close a file that was written, with an error if any of it did not reach the system."""
+    # Closing alone is not enough: h5py passes over errors that HDF5 meets in it.
+    for dataset in file.values():
+        dataset.id.flush()
+    file.flush()
+    path, size = file.filename, file.id.get_filesize()
+    file.close()
+    os.truncate(path, size)
 
 
 def _storage(name: str, layout: Layout) -> dict[str, Any]:

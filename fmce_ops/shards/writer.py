@@ -1,6 +1,7 @@
 """Write a shard batch by batch, in constant memory; it appears whole or not at all."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ import torch
 
 from fmce_ops.errors import ShardError
 from fmce_ops.files import atomic, file_digest
-from fmce_ops.shards.layout import Layout, check_header, create, open_file, refused
+from fmce_ops.shards.layout import Layout, check_header, create, finish, open_file, refused
 from fmce_ops.shards.manifest import Shard, check_layout, shard_file
 
 Integers = npt.NDArray[np.int64]
@@ -74,8 +75,11 @@ class ShardWriter:
         _remove_leftovers(self._path)
         self._life = ExitStack()
         self._temporary = self._life.enter_context(atomic(self._path))
+        self._life.enter_context(_disk_failures_as_os_errors())
         with self._discarded_on_error():
             self._file = self._life.enter_context(create(self._temporary, self._layout))
+            # Kept open: HDF5 holds small writes back, and only a flush reports that they fail.
+            self._datasets = dict(self._file)
 
     def append(self, maps: Any, index: npt.ArrayLike, label: npt.ArrayLike) -> None:
         """Add the next maps.
@@ -103,8 +107,8 @@ class ShardWriter:
             self._check_fit(values, rows, labels)
             self._check_finite(values, maps, rows)
             stop = self._rows + len(values)
-            self._file["index"][self._rows : stop] = rows
-            self._file["label"][self._rows : stop] = labels
+            self._datasets["index"][self._rows : stop] = rows
+            self._datasets["label"][self._rows : stop] = labels
             self._write(values, stop)
 
     def close(self) -> Shard:
@@ -188,7 +192,7 @@ class ShardWriter:
         if len(self._held):
             values = np.concatenate([self._held, values])
         last = stop if stop == self._layout.count else stop - stop % self._layout.chunk_rows
-        self._file["maps"][first:last] = values[: last - first]
+        self._datasets["maps"][first:last] = values[: last - first]
         self._held = values[last - first :].copy()
         self._rows = stop
 
@@ -198,7 +202,7 @@ class ShardWriter:
                 f"{self._path} was promised {self._layout.count} maps and got {self._rows}: "
                 "state the right count, or give it every image."
             )
-        self._file.close()
+        finish(self._file)
         # The digest is taken from the page cache while the disk still writes.
         with ThreadPoolExecutor(1) as pool, self._temporary.open("rb") as whole:
             digest = pool.submit(hashlib.file_digest, whole, "sha256")
@@ -241,6 +245,17 @@ def existing(
 def _record(path: Path, layout: Layout, part: int, digest: str) -> Shard:
     size = path.stat().st_size
     return Shard(path.name, layout.phase, part, layout.start, layout.count, size, digest)
+
+
+@contextmanager
+def _disk_failures_as_os_errors() -> Iterator[None]:
+    """HDF5 reports a full disk late, when it closes the file, and as no `OSError` but in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if number := re.search(r"errno = (\d+)", str(error)):
+            raise OSError(int(number[1]), str(error)) from error
+        raise
 
 
 def _remove_leftovers(path: Path) -> None:
