@@ -1,0 +1,179 @@
+"""The command line: parse, call one stage or service, show. ``fmce-ops --help`` tells the rest."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fmce_ops.errors import FmceError
+
+if TYPE_CHECKING:
+    from fmce_ops.training.reporter import Reporter
+
+app = typer.Typer(
+    help="How mature is each functional module of a network? Feature map convergence evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+shards = typer.Typer(help="Look at and check a store of feature maps.", no_args_is_help=True)
+app.add_typer(shards, name="shards")
+USER_ERROR, INTERRUPTED, FELL_SHORT = 2, 130, 1
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def main() -> None:
+    """Run a command; what a user can cause is one sentence on standard error and exit 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except FmceError as error:
+        if _debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        message = "stopped; what was done is kept: run the same command again to go on from there."
+        Console(stderr=True, soft_wrap=True).print(message)
+        sys.exit(INTERRUPTED)
+
+
+def _run_stage(name: str) -> None:
+    from fmce_ops.stages.params import load_params
+
+    sys.path.append(str(Path.cwd()))  # so that model.backbone may name a module of the project
+    params = load_params(Path("params.yaml"))
+    with _progress() as progress:
+        import_module(f"fmce_ops.stages.{name}").run(params, progress)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator["Reporter | None"]:
+    """A bar on a terminal, plain lines elsewhere; only the first of several processes shows it."""
+    if os.environ.get("RANK", "0") != "0":
+        yield None
+        return
+    from fmce_ops.progress import PlainProgress, RichProgress
+
+    with RichProgress() if sys.stdout.isatty() else PlainProgress() as progress:
+        yield progress
+
+
+@app.command()
+def prepare() -> None:
+    """Write the data set of params.yaml as one file of images."""
+    _run_stage("prepare")
+
+
+@app.command()
+def train() -> None:
+    """Train the classifier and record losses and weights at every point."""
+    _run_stage("train")
+
+
+@app.command()
+def markers() -> None:
+    """Find the epoch markers and keep the checkpoint of each phase."""
+    _run_stage("markers")
+
+
+@app.command()
+def features() -> None:
+    """Write the feature maps of every phase as shards."""
+    _run_stage("features")
+
+
+@app.command()
+def fmce() -> None:
+    """Train FMCE-Net on the shards, judge it on the test split and register it."""
+    _run_stage("fmce")
+
+
+@app.command()
+def report() -> None:
+    """Put everything that the pipeline found on one page."""
+    _run_stage("report")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="An existing git repository.")] = Path(),
+    force: Annotated[bool, typer.Option(help="Overwrite files that exist.")] = False,
+) -> None:
+    """Set the pipeline up in a git repository: dvc.yaml, params.yaml, ignore entries."""
+    from fmce_ops.stages.scaffold import scaffold
+
+    for line in scaffold(folder, force=force):
+        typer.echo(line)
+
+
+@app.command()
+def evaluate(
+    model_uri: Annotated[
+        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME, a folder.")
+    ],
+    minimum: Annotated[
+        list[str] | None,
+        typer.Option("--min", help="FIGURE=VALUE, for example accuracy=0.9; exit 1 if it is less."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object and no more.")] = False,
+) -> None:
+    """Judge a model on the test split of the data that it belongs to."""
+    from fmce_ops.stages.evaluate import evaluate as judge
+    from fmce_ops.stages.evaluate import parse_minimum, shortfalls
+
+    least = parse_minimum(minimum or [])
+    with contextlib.redirect_stdout(sys.stderr):
+        result = judge(model_uri, Path("params.yaml"))
+    missed = shortfalls(result, least)
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), allow_nan=False))
+    else:
+        from fmce_ops.progress import show_evaluation
+
+        show_evaluation(result)
+    for sentence in missed:
+        typer.echo(sentence, err=True)
+    if missed:
+        raise typer.Exit(FELL_SHORT)
+
+
+_Store = Annotated[Path, typer.Argument(help="The folder of the store.")]
+
+
+@shards.command("info")
+def shards_info(store: _Store = Path("data/fmcs")) -> None:
+    """Show what a store holds."""
+    from fmce_ops.progress import show_store
+    from fmce_ops.shards import describe
+
+    show_store(store, describe(store))
+
+
+@shards.command("verify")
+def shards_verify(store: _Store = Path("data/fmcs")) -> None:
+    """Check every byte of a store against its manifest; exit 2 with the shard and the reason."""
+    from fmce_ops.shards import verify
+
+    found = verify(store)
+    typer.echo(f"{store}: {found.shards} shards, {found.maps} maps, all as the manifest says")
+
+
+if __name__ == "__main__":
+    main()

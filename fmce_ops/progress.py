@@ -1,0 +1,131 @@
+"""What the terminal shows: progress of the loops, tables of results."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fmce_ops.training.reporter import Row
+
+if TYPE_CHECKING:
+    from fmce_ops.shards import Description
+    from fmce_ops.stages.evaluate import Evaluation
+
+_SHOWN = {
+    "epoch": "epoch {:.4g}",
+    "phase": "phase {:.0f}",
+    "train/loss": "loss {:.4f}",
+    "val/loss": "val loss {:.4f}",
+    "val/accuracy": "val acc {:.4f}",
+    "cqi": "CQI {:.2e}",
+    "images_per_second": "{:.0f} images/s",
+    "maps_per_second": "{:.0f} maps/s",
+}
+
+
+def _words(row: Row) -> str:
+    shown = [form.format(row.values[name]) for name, form in _SHOWN.items() if name in row.values]
+    return "  ".join(shown)
+
+
+class PlainProgress:
+    """One line a step, for logs and pipes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return
+
+    def begin(self, task: str, total: int) -> None:
+        """Remember what the steps are of."""
+        self._task, self._total, self._started, self._first = task, total, time.monotonic(), 0
+
+    def row(self, row: Row) -> None:
+        """Print the step with the time that is left at this pace."""
+        self._first = self._first or row.step
+        done = row.step - self._first + 1
+        left = (time.monotonic() - self._started) / done * (self._total - row.step)
+        print(
+            f"{self._task} {row.step}/{self._total}  {_words(row)}  {left:.0f} s left", flush=True
+        )
+
+
+class RichProgress:
+    """A bar with the newest figures and the remaining time."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, task: str, total: int) -> None:
+        """Start a bar."""
+        self._task = self._bar.add_task(task, total=total, figures="")
+
+    def row(self, row: Row) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=row.step, figures=_words(row))
+
+
+def show_store(folder: Path, description: "Description") -> None:
+    """A table of the store, a row a phase, with the totals and where the maps come from."""
+    shape = " x ".join(map(str, description.shape))
+    kind = f"{description.dtype}, {description.compression or 'not compressed'}"
+    console = Console()
+    table = Table(title=f"{folder}: {description.maps} maps of {shape}, {kind}")
+    for heading in ("phase", "shards", "maps", "MiB"):
+        table.add_column(heading, justify="right")
+    for phase in description.phases:
+        size = f"{phase.bytes / 2**20:.1f}"
+        table.add_row(str(phase.phase), str(phase.shards), str(phase.maps), size)
+    table.add_section()
+    size = f"{description.bytes / 2**20:.1f}"
+    table.add_row("all", str(description.shards), str(description.maps), size)
+    console.print(table)
+    console.print(f"version {description.digest}, {description.ratio:.2f} bytes per byte on disk")
+    for name, value in description.provenance.items():
+        console.print(f"{name}: {value}", markup=False, highlight=False)
+
+
+def show_evaluation(result: "Evaluation") -> None:
+    """The figures and the confusion matrix."""
+    console = Console()
+    table = Table(title=f"{result.model_uri} on {result.count} test {result.unit}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in result.figures.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    console.print(table)
+    matrix = Table(title="confusion (rows: true, columns: predicted)")
+    for heading in ("", *result.names):
+        matrix.add_column(heading, justify="right")
+    for i, (name, row) in enumerate(zip(result.names, result.confusion, strict=True)):
+        cells = [f"[bold]{n}[/bold]" if i == j else str(n) for j, n in enumerate(row)]
+        matrix.add_row(name, *cells)
+    console.print(matrix)

@@ -1,0 +1,31 @@
+"""The classifier that params.yaml asks for, and how it is described for those who load it."""
+
+import torch
+
+from fmce_ops.data import Images
+from fmce_ops.models import Classifier, build
+from fmce_ops.stages.params import Params
+from fmce_ops.tracking.serving import Network
+
+
+def build_classifier(params: Params, classes: int) -> Classifier:
+    """The classifier with the random weights of ``train.seed``."""
+    torch.manual_seed(params.train.seed)
+    model = params.model
+    return build(
+        model.backbone, classes, stem=model.stem, cut=model.cut, in_size=params.data.image_size
+    )
+
+
+def describe_classifier(params: Params, images: Images, digest: str) -> Network:
+    """What a logged classifier says of itself; ``digest`` is that of the images."""
+    spec = {
+        **params.model.model_dump(),
+        "classes": list(images.classes),
+        "image_size": params.data.image_size,
+        "channels": images.channels,
+        "side": images.side,
+        "mean": list(images.mean),
+        "std": list(images.std),
+    }
+    return Network("classifier", spec, {"images": digest})

@@ -1,0 +1,178 @@
+"""``params.yaml`` as typed models: every key is known, every value is in range."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmce_ops.errors import ParamsError
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
+
+
+class Section(BaseModel):
+    """A section of ``params.yaml``; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataParams(Section):
+    """Which images, and how they are split."""
+
+    dataset: DatasetName = "digits"
+    root: str = "data/raw"  # where the original files are, or are downloaded to
+    image_size: Annotated[int, Field(ge=4)] = 32  # px, the side that the network sees
+    per_class: Count | None = None  # at most so many training images of a class
+    validation: Fraction = 0.1  # of the training images
+    test: Fraction = 0.2  # of all images, where the data set has no test split
+    seed: int = 0
+
+
+class ModelParams(Section):
+    """Which network, and where its feature map is taken."""
+
+    backbone: str = "shufflenet_v2_x0_5"  # a torchvision name or package.module:factory
+    stem: Literal["standard", "small"] = "small"  # small: stride 1, no pooling, for small images
+    cut: str | None = None  # the submodule whose output is the feature map
+
+
+class AugmentParams(Section):
+    """Augmentation of the training images."""
+
+    pad: Annotated[int, Field(ge=0)] = 0  # px of padding for random crops
+    flip: bool = False  # horizontal flips
+
+
+class TrainParams(Section):
+    """The original task."""
+
+    epochs: Count = 30
+    points_per_epoch: Count = 1  # losses and weights are recorded so often
+    batch_size: Count = 128
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    augment: AugmentParams = AugmentParams()
+    precision: Precision = "32-true"
+    seed: int = 0
+
+
+class MarkersParams(Section):
+    """CQI and epoch markers (arXiv 2405.04041)."""
+
+    phases: Annotated[int, Field(ge=2)] = 10
+    mu: Positive = 1e-4
+    relative: bool = False  # mu times the largest smoothed loss
+    alpha: Fraction = 0.85
+    window: Count = 10
+    method: Literal["paper", "ema"] = "paper"
+    unconverged: Literal["last", "error"] = "last"
+
+
+class FeaturesParams(Section):
+    """The FMCS shards."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    compression: Literal["zstd"] | None = None
+    images_per_shard: Count = 4096
+    batch_size: Count = 256
+
+
+class FmceParams(Section):
+    """FMCE-Net."""
+
+    epochs: Count = 5
+    batch_size: Count = 256
+    lr: Positive = 1e-3
+    split: Literal["image", "paper"] = "image"
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the images; the paper's 3:1
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the rest; chooses the epoch
+    precision: Precision = "32-true"
+    seed: int = 0
+
+
+class ReportParams(Section):
+    """The report."""
+
+    title: str = "Feature map convergence"
+
+
+class Params(Section):
+    """All of ``params.yaml``, one section for each concern."""
+
+    data: DataParams = DataParams()
+    model: ModelParams = ModelParams()
+    train: TrainParams = TrainParams()
+    markers: MarkersParams = MarkersParams()
+    features: FeaturesParams = FeaturesParams()
+    fmce: FmceParams = FmceParams()
+    report: ReportParams = ReportParams()
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "Params":
+        points = self.train.epochs * self.train.points_per_epoch
+        if self.markers.phases > points:
+            raise ValueError(
+                f"markers.phases is {self.markers.phases} but train.epochs x "
+                f"train.points_per_epoch records {points} points: record more or ask for fewer"
+            )
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read ``params.yaml``.
+
+    Raises
+    ------
+    ParamsError
+        The file is missing or no YAML, a key is unknown (the nearest right key is named), or a
+        value is out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(
+            f"{path} does not exist: run this in the project folder, or make one with "
+            "'fmce-ops init'."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ParamsError(f"{path} is not readable YAML ({reason}): mend that line.") from None
+    try:
+        return Params.model_validate(raw if raw is not None else {})
+    except ValidationError as error:
+        raise ParamsError(f"{path}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    location = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {location}{_nearest(first['loc'])}."
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if not location else f"{location} is {first['input']!r}: "
+    return f"{given}{message[0].lower() + message[1:]}."
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    section: type[BaseModel] = Params
+    for part in location[:-1]:
+        section = cast(type[BaseModel], section.model_fields[str(part)].annotation)
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    if not close:
+        return f"; the keys here are {', '.join(known)}"
+    return f"; did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?"
+
+
+def section_values(params: Params, *names: str) -> dict[str, Any]:
+    """The named sections as plain values, for the key of a stage and the record of a run."""
+    return params.model_dump(mode="json", include=set(names))

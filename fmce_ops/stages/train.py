@@ -1,0 +1,95 @@
+"""Stage ``train``: the original task, with the loss and the weights of every point."""
+
+from pathlib import Path
+
+from lightning_fabric import Fabric
+
+from fmce_ops.data import Augment, Images, TrainBatches
+from fmce_ops.files import write_json
+from fmce_ops.stages.networks import build_classifier
+from fmce_ops.stages.params import Params
+from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, LOSSES, RESULTS, open_stage
+from fmce_ops.stages.work import publish
+from fmce_ops.training.classifier import (
+    Plan,
+    Point,
+    Validation,
+    point_file,
+    train_classifier,
+    write_losses,
+)
+from fmce_ops.training.devices import launch
+from fmce_ops.training.reporter import Reporter
+
+SECTIONS = ["data", "model", "train"]
+METRICS = RESULTS / "train.json"
+
+
+def run(params: Params, progress: Reporter | None = None) -> None:
+    """Write ``results/losses.csv``, ``results/train.json`` and ``data/checkpoints/``."""
+    fabric = launch(params.train.precision)
+    with (
+        open_stage(
+            "train",
+            params,
+            SECTIONS,
+            inputs=[IMAGES],
+            outputs=[LOSSES, METRICS, CHECKPOINTS],
+            progress=progress,
+            fabric=fabric,
+        ) as stage,
+        Images.open(IMAGES) as images,
+    ):
+        settings = params.train
+        plan = Plan(**settings.model_dump(exclude={"batch_size", "augment", "precision"}))
+        history = train_classifier(
+            fabric,
+            build_classifier(params, len(images.classes)),
+            _batches(fabric, images, params),
+            _validation(fabric, images, params),
+            plan,
+            stage.folder,
+            stage.reporter,
+        )
+        if fabric.is_global_zero:
+            _publish(history, stage.folder)
+
+
+def _batches(fabric: Fabric, images: Images, params: Params) -> TrainBatches:
+    pixels, labels = images.load("train")
+    return TrainBatches(
+        pixels.to(fabric.device),
+        labels.to(fabric.device),
+        batch_size=params.train.batch_size,
+        size=params.data.image_size,
+        mean=images.mean,
+        std=images.std,
+        augment=Augment(**params.train.augment.model_dump()),
+        seed=params.train.seed,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+    )
+
+
+def _validation(fabric: Fabric, images: Images, params: Params) -> Validation:
+    pixels, labels = images.load("val")
+    size = params.data.image_size
+    return Validation(
+        pixels.to(fabric.device), labels.to(fabric.device), size, images.mean, images.std
+    )
+
+
+def _publish(history: list[Point], folder: Path) -> None:
+    files = [point_file(folder, point.point) for point in history]
+    publish({file.name: file for file in files}, CHECKPOINTS)
+    write_losses(LOSSES, history)
+    last = history[-1]
+    best = max(point.val_accuracy for point in history)
+    summary = {
+        "points": len(history),
+        "train_loss": last.train_loss,
+        "val_loss": last.val_loss,
+        "val_accuracy": last.val_accuracy,
+        "best_val_accuracy": best,
+    }
+    write_json(METRICS, summary)

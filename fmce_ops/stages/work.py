@@ -1,0 +1,163 @@
+"""Work folders: what a running stage keeps, so that a killed one goes on where it was.
+
+They live in ``.fmce/`` of the project, outside DVC's outputs, because DVC deletes a stage's outputs
+before it starts the stage. A folder is named for the stage's parameters and inputs: other settings
+never see its contents. ``.fmce/`` may be removed whenever no stage is running.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from fmce_ops.errors import ModelError
+from fmce_ops.files import file_digest, write_json
+
+FOLDER = ".fmce"
+MANIFEST = "manifest.json"
+_FINISHED, _RUN = "finished.json", "run.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work folder of one stage."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str | None:
+        """The tracked run that this work belongs to, where one was opened."""
+        file = self.path / _RUN
+        return str(json.loads(file.read_text())["run_id"]) if file.exists() else None
+
+    def remember_run(self, run_id: str) -> None:
+        """A repeated stage goes on in this run."""
+        write_json(self.path / _RUN, {"run_id": run_id})
+
+    def finish(self, outputs: Mapping[str, str]) -> None:
+        """All outputs (path: MD5, of files alone) are in their place."""
+        write_json(self.path / _FINISHED, dict(outputs))
+
+
+@contextmanager
+def open_work(
+    project: Path, stage: str, key: Mapping[str, Any], *, first: bool = True
+) -> Iterator[Work]:
+    """The work folder for ``stage`` with ``key``, held by its ``first`` process against others.
+
+    Finished folders are dropped when the next stage starts: until DVC has recorded the outputs, a
+    kill must not cost the work. If DVC has recorded them, the user wants the stage run anew.
+    """
+    text = json.dumps(key, sort_keys=True)
+    path = project / FOLDER / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not first:
+        yield Work(path)
+        return
+    with _held(path.with_suffix(".lock")):
+        _drop_finished(project, path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "key.json", dict(key))
+        yield Work(path)
+
+
+@contextmanager
+def _held(file: Path) -> Iterator[None]:
+    """Hold the lock; two experiments that share a stage wait for each other."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logging.getLogger(__name__).warning(
+            "another process runs the same stage with the same inputs; waiting for it (%s)", file
+        )
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _drop_finished(project: Path, mine: Path) -> None:
+    for finished in (project / FOLDER).glob(f"*/{_FINISHED}"):
+        if finished.parent != mine or _recorded(json.loads(finished.read_text())):
+            shutil.rmtree(finished.parent)
+            finished.parent.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _recorded(outputs: Mapping[str, str]) -> bool:
+    recorded = recorded_digests(Path("dvc.lock"))
+    return all(recorded.get(path) == digest for path, digest in outputs.items())
+
+
+def recorded_digests(lock: Path) -> dict[str, str]:
+    """What DVC last recorded of every output: path -> MD5 (of a folder, DVC's ``.dir`` digest)."""
+    if not lock.exists():
+        return {}
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
+    outputs = [output for stage in stages.values() for output in stage.get("outs", [])]
+    return {output["path"]: output["md5"] for output in outputs if "md5" in output}
+
+
+def digest(path: Path) -> str:
+    """MD5 of a file, as DVC records it; of a folder, MD5 of the file that vouches for the rest."""
+    if path.is_dir():
+        return file_digest(path / MANIFEST, "md5")
+    return file_digest(path, "md5")
+
+
+def publish(files: Mapping[str, Path], folder: Path) -> None:
+    """Make ``folder`` of the named files, at once and without copying where the disk can link.
+
+    A ``manifest.json`` with the SHA-256 of each file is added where the files bring none.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, source in files.items():
+        _link(source, temporary / name)
+    if MANIFEST not in files:
+        digests = {name: file_digest(source) for name, source in files.items()}
+        write_json(temporary / MANIFEST, {"sha256": digests})
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.replace(folder)
+
+
+def vouched(folder: Path) -> list[Path]:
+    """The files of a published folder in the order of their names, each checked.
+
+    Raises
+    ------
+    ModelError
+        A file is missing or its bytes are not those that were published.
+    """
+    try:
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        wrong = [name for name in digests if file_digest(folder / name) != digests[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder} is not complete ({error}): run 'dvc repro' or 'dvc pull' again."
+        ) from error
+    if wrong:
+        raise ModelError(
+            f"{folder / wrong[0]} was changed after it was made: remove {folder} and run "
+            "'dvc repro' or 'dvc checkout'."
+        )
+    return [folder / name for name in sorted(digests)]
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,139 @@
+"""Logged and registered models: log, register, promote, find."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+import fmce_ops
+from fmce_ops.errors import ModelError
+from fmce_ops.tracking.runs import Run, connect
+from fmce_ops.tracking.serving import NETWORK, Network, load_network, save_network
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+_PACKAGES = ("mlflow", "torch", "torchvision", "numpy", "safetensors", "h5py", "pillow")
+
+
+def log_network(
+    run: Run,
+    name: str,
+    network: Network,
+    state: dict[str, torch.Tensor],
+    example: np.ndarray,
+    *,
+    step: int = 0,
+) -> str:
+    """Log a network to the run once and return its ``models:/m-...`` URI.
+
+    ``example``: (n, C, H, W) with n >= 2, one input as a user would send it.
+    """
+    known = _logged(run, name)
+    if known:
+        return known
+    with tempfile.TemporaryDirectory() as folder:
+        save_network(Path(folder) / name, network, state)
+        info = mlflow.pyfunc.log_model(
+            name=name,
+            loader_module="fmce_ops.tracking.serving",
+            data_path=str(Path(folder) / name),
+            code_paths=[str(Path(fmce_ops.__file__).parent)],
+            pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
+            signature=_signature(network),
+            input_example=example,
+            step=step,
+            model_type=network.kind,
+        )
+    return str(info.model_uri)
+
+
+def _logged(run: Run, name: str) -> str | None:
+    record = run.client.get_run(run.id)
+    for output in record.outputs.model_outputs if record.outputs else []:
+        model = run.client.get_logged_model(output.model_id)
+        if model.name == name and model.status == "READY":
+            return str(model.model_uri)
+    return None
+
+
+def _signature(network: Network) -> ModelSignature:
+    inputs = TensorSpec(np.dtype(np.float32), (-1, *network.input_shape), name=None)
+    outputs = TensorSpec(np.dtype(np.float64), (-1, network.answers), name=None)
+    return ModelSignature(Schema([inputs]), Schema([outputs]))
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry and the alias it got."""
+
+    name: str
+    version: str
+    alias: str
+
+
+def register(
+    run: Run, name: str, model_uri: str, score: float, judge: Callable[[Path], float | None]
+) -> Registered:
+    """Register a logged model once; it becomes champion if it beats the champion on its own data.
+
+    Parameters
+    ----------
+    score : the new model's figure on the validation data, larger is better.
+    judge : gives the same figure for the model folder of the present champion on the same data,
+        or None where that model cannot read the data at all.
+    """
+    for known in run.client.search_model_versions(f"name='{name}' and run_id='{run.id}'"):
+        return Registered(name, known.version, known.tags.get("fmce.alias", CHALLENGER))
+    made = mlflow.register_model(model_uri, name)
+    alias = CHAMPION if _beats_champion(run.client, name, score, judge) else CHALLENGER
+    run.client.set_model_version_tag(name, made.version, "fmce.validation_score", repr(score))
+    run.client.set_model_version_tag(name, made.version, "fmce.alias", alias)
+    run.client.set_registered_model_alias(name, alias, made.version)
+    return Registered(name, str(made.version), alias)
+
+
+def _beats_champion(
+    client: MlflowClient, name: str, score: float, judge: Callable[[Path], float | None]
+) -> bool:
+    try:
+        client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return True
+    try:
+        standing = judge(model_folder(f"models:/{name}@{CHAMPION}"))
+    except ModelError:
+        return True  # its files are gone or damaged: it can serve nobody
+    return standing is None or score > standing
+
+
+def model_folder(uri: str) -> Path:
+    """The local folder with ``network.json`` of a ``models:/``, ``runs:/`` or folder URI.
+
+    Raises
+    ------
+    ModelError
+        There is no such model, or it is not one of this project's.
+    """
+    connect()
+    try:
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        raise ModelError(
+            f"there is no model at {uri} ({str(error).splitlines()[0]}): "
+            "give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME or a model folder."
+        ) from error
+    found = sorted(local.rglob(NETWORK)) if local.is_dir() else []
+    if not found:
+        raise ModelError(f"{uri} holds no {NETWORK}: give a model that fmce-ops has logged.")
+    return found[0].parent
+
+
+__all__ = ["Network", "Registered", "load_network", "log_network", "model_folder", "register"]

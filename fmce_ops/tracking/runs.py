@@ -1,0 +1,195 @@
+"""One tracked MLflow run for one stage: opened or resumed, filled, closed with the truth."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Metric, RunStatus
+from mlflow.exceptions import MlflowException
+
+from fmce_ops.errors import TrackingError
+from fmce_ops.tracking.location import home, tracking_uri
+from fmce_ops.training.reporter import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXPERIMENT = "fmce-ops"
+OUTPUT_TAG = "fmce.output."  # + the output's path = its digest
+
+
+@dataclass(frozen=True)
+class Run:
+    """The open run of a stage; also a ``Reporter`` that writes each row once."""
+
+    client: MlflowClient
+    id: str
+    last_step: dict[str, int]
+
+    def begin(self, task: str, total: int) -> None:
+        """Find out which steps a resumed run already has."""
+        self.last_step["*"] = max(
+            (metric.step for metric in self._latest() if not metric.key.startswith("system/")),
+            default=-1,
+        )
+
+    def row(self, row: Row) -> None:
+        """Write one step; a step that the run already has is not doubled."""
+        if row.step <= self.last_step.get("*", -1):
+            return
+        metrics = [Metric(key, value, row.time, row.step) for key, value in row.values.items()]
+        self.client.log_batch(self.id, metrics=metrics)
+        self.last_step["*"] = row.step
+
+    def final(self, values: Mapping[str, float], time: int, step: int = 0) -> None:
+        """Write figures that a run has once; those it already has stay."""
+        known = {metric.key for metric in self._latest()}
+        metrics = [Metric(k, float(v), time, step) for k, v in values.items() if k not in known]
+        self.client.log_batch(self.id, metrics=metrics)
+
+    def _latest(self) -> list[Metric]:
+        run = self.client.get_run(self.id)
+        return list(run.data._metric_objs)
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        """Keep a picture under ``figures/``."""
+        self.client.log_figure(self.id, figure, f"figures/{name}")
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Keep a file with the run."""
+        self.client.log_artifact(self.id, str(path), folder)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags; a run that is not to be found by a tag has none."""
+        for key, value in values.items():
+            self.client.set_tag(self.id, key, value)
+
+    def makers(self, digests: Mapping[str, str]) -> list[str]:
+        """The ids of the latest runs that made the files with these digests, in their order."""
+        experiment = self.client.get_run(self.id).info.experiment_id
+        found = []
+        for name, digest in digests.items():
+            query = f"tags.`{OUTPUT_TAG}{name}` = '{digest}'"
+            found += self.client.search_runs([experiment], query, max_results=1)
+        return list(dict.fromkeys(run.info.run_id for run in found))
+
+    def dataset(self, path: Path, name: str, digest: str, context: str) -> None:
+        """Name a data set that the run reads, with its digest."""
+        source = resolve_dataset_source(str(path.resolve()))
+        mlflow.log_input(MetaDataset(source, name=name, digest=digest), context=context)
+
+
+def connect() -> MlflowClient:
+    """A client of the project's tracking store, with the experiment in place.
+
+    Raises
+    ------
+    TrackingError
+        The store cannot be opened or reached.
+    """
+    project = home(Path.cwd())
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    uri = tracking_uri(project)
+    # a store in a folder or file derives its place for artifacts from the working folder
+    here = Path.cwd()
+    try:
+        os.chdir(project)
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment(name)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"the tracking store {uri} cannot be used ({str(error).splitlines()[0]}): "
+            "check MLFLOW_TRACKING_URI, or start the server it names."
+        ) from error
+    finally:
+        os.chdir(here)
+    return MlflowClient()
+
+
+@contextmanager
+def tracked(
+    name: str,
+    run_id: str | None,
+    *,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    system_metrics: bool = True,
+) -> Iterator[Run]:
+    """Open a run, or go on in the run ``run_id``; close it as FINISHED, FAILED or KILLED.
+
+    A run that fails carries the reason in its tag ``fmce.failure``. SIGTERM closes it as KILLED.
+    """
+    client = connect()
+    run_id = run_id if run_id and _exists(client, run_id) else None
+    started = mlflow.start_run(
+        run_id=run_id, run_name=None if run_id else name, log_system_metrics=system_metrics
+    )
+    run = Run(client, started.info.run_id, {})
+    status, failure = RunStatus.FINISHED, ""
+    try:
+        with _terminated_as_interrupt():
+            mlflow.log_params(flatten(params))
+            run.tags({**tags, **_git_tags()})
+            yield run
+    except KeyboardInterrupt:
+        status, failure = RunStatus.KILLED, "interrupted"
+        raise
+    except BaseException as error:
+        status, failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        run.tags({"fmce.failure": failure[:5000]} if failure or run_id else {})
+        mlflow.end_run(RunStatus.to_string(status))
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False  # the store was removed or changed since: a new run tells the whole story
+
+
+@contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the stage as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``: the same name in params.yaml, DVC and MLflow."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _git_tags() -> dict[str, str]:
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*dvc.lock")
+    return {"mlflow.source.git.commit": commit, "fmce.git.dirty": str(bool(changed)).lower()}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

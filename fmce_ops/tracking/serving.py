@@ -1,0 +1,159 @@
+"""The model folder: weights and a description, no pickle and no code to run; and how it answers.
+
+A folder holds ``network.json`` (what to build) and ``weights.safetensors``. MLflow loads it through
+``_load_pyfunc`` below, with the copy of this package that the logged model carries.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from numpy.typing import NDArray
+from torch import nn
+
+from fmce_ops.data import to_input
+from fmce_ops.errors import ModelError
+from fmce_ops.files import write_json
+from fmce_ops.models import FmceNet, build, load_into, save_weights
+
+Kind = Literal["fmce-net", "classifier"]
+NETWORK, WEIGHTS = "network.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a model folder describes.
+
+    ``spec`` says what to build, ``made_from`` what it was trained on: the digests of its data and
+    the settings of its split.
+    """
+
+    kind: Kind
+    spec: dict[str, Any]
+    made_from: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Network":
+        """The description in a model folder; nothing is built yet."""
+        with _described(folder):
+            raw = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
+            if raw["kind"] not in ("fmce-net", "classifier"):
+                raise ValueError(f"unknown kind {raw['kind']!r}")
+            return cls(raw["kind"], dict(raw["spec"]), dict(raw["made_from"]))
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one input: a feature map, or an image with values 0 to 255."""
+        if self.kind == "fmce-net":
+            channels, height, width = self.spec["shape"]
+            return channels, height, width
+        return self.spec["channels"], self.spec["side"], self.spec["side"]
+
+    @property
+    def answers(self) -> int:
+        """How many probabilities an input gets: phases or classes."""
+        return int(self.spec["phases"]) if self.kind == "fmce-net" else len(self.spec["classes"])
+
+    def build(self) -> nn.Module:
+        """The network that the description names, with random weights."""
+        if self.kind == "fmce-net":
+            return FmceNet(self.input_shape, self.spec["phases"])
+        return build(
+            self.spec["backbone"],
+            len(self.spec["classes"]),
+            stem=self.spec["stem"],
+            cut=self.spec["cut"],
+            in_size=self.spec["image_size"],
+        )
+
+    def prepare(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the network itself takes, from what a user sends."""
+        if self.kind == "fmce-net":
+            return inputs
+        mean, std = self.spec["mean"], self.spec["std"]
+        return to_input(inputs, size=self.spec["image_size"], mean=mean, std=std)
+
+
+def save_network(folder: Path, network: Network, state: dict[str, torch.Tensor]) -> None:
+    """Write a model folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / WEIGHTS, state, {})
+    write_json(folder / NETWORK, network.__dict__)
+
+
+def load_network(folder: Path) -> tuple[Network, nn.Module]:
+    """Read a model folder; nothing in it is executed.
+
+    Raises
+    ------
+    ModelError
+        The folder is not one of this project's models, or is damaged.
+    """
+    network = Network.read(folder)
+    with _described(folder):
+        module = network.build()
+    load_into(module, folder / WEIGHTS)
+    return network, module.eval()
+
+
+@contextmanager
+def _described(folder: Path) -> Iterator[None]:
+    """Say in one sentence that a description makes no sense."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder} does not hold a model of fmce-ops ({type(error).__name__}: {error}): "
+            "give the URI of a model that one of its stages logged."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What MLflow serves: inputs in, probabilities out."""
+
+    network: Network
+    module: nn.Module
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        """(n, C, H, W) finite numbers -> (n, K) float64 probabilities."""
+        inputs = self._checked(model_input)
+        answers = [self._probabilities(part) for part in torch.from_numpy(inputs).split(256)]
+        return np.concatenate(answers)
+
+    def _checked(self, model_input: Any) -> NDArray[np.float32]:
+        expected = ("n", *self.network.input_shape)
+        try:
+            inputs = np.asarray(model_input, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise _refusal(f"the input is not an array of numbers of shape {expected}.") from None
+        if inputs.ndim != 4 or inputs.shape[1:] != self.network.input_shape:
+            raise _refusal(f"the input has shape {inputs.shape}: send shape {expected}.")
+        if not len(inputs):
+            raise _refusal("the input is empty: send at least one.")
+        if not np.isfinite(inputs).all():
+            raise _refusal("the input has a number that is not finite: send finite numbers.")
+        return np.ascontiguousarray(inputs)
+
+    @torch.inference_mode()
+    def _probabilities(self, inputs: torch.Tensor) -> NDArray[np.float64]:
+        logits = self.module(self.network.prepare(inputs)).double()
+        if not torch.isfinite(logits).all():
+            raise _refusal("the input is so large that the network overflows: scale it down.")
+        return logits.softmax(dim=1).numpy()
+
+
+def _refusal(sentence: str) -> MlflowException:
+    return MlflowException(sentence, error_code=INVALID_PARAMETER_VALUE)
+
+
+def _load_pyfunc(data_path: str) -> Predictor:
+    """The name that MLflow looks for."""
+    return Predictor(*load_network(Path(data_path)))
