@@ -171,7 +171,7 @@ class ConvergenceMonitor:
         """Take the mean loss of one more epoch and return its CQI."""
         if not np.isfinite(loss):
             raise MarkerError(f"the loss is {loss}: lower the learning rate or check the data.")
-        previous = self._smoothed
+        loss, previous = float(loss), self._smoothed
         past = self._loss if self._method == "paper" else previous
         first = np.isnan(previous)
         self._smoothed = loss if first else self._alpha * past + (1 - self._alpha) * loss

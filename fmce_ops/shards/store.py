@@ -84,18 +84,14 @@ class ShardStore:
         """
         rows = self._rows(phases, positions)
         maps = self._target(len(rows), out)
-        # In the order on disk, consecutive rows become one read.
-        order = np.argsort(rows, kind="stable")
-        shard = np.searchsorted(self._first, rows[order], side="right") - 1
-        cuts = (np.diff(rows[order]) != 1) | (np.diff(order) != 1) | (np.diff(shard) != 0)
-        begins = np.concatenate([[0], np.flatnonzero(cuts) + 1]) if len(rows) else order
-        lengths = np.diff(np.append(begins, len(rows)))
-        within = rows[order] - self._first[shard]
-        pieces = zip(shard[begins], within[begins], order[begins], lengths, strict=True)
+        content, size = maps.reshape(-1).view(np.uint8).data, self.manifest.map_bytes
         with self._lock:
-            for number, row, target, length in pieces:
-                self._maps(int(number)).read(int(row), maps[target : target + length])
-            for number in np.unique(shard).tolist():
+            shards = set()
+            for number, row, target, length in self._pieces(rows):
+                piece = content[target * size : (target + length) * size]
+                self._maps(number).read(row, piece)
+                shards.add(number)
+            for number in shards:
                 self._maps(number).check_unchanged()
         return maps
 
@@ -135,6 +131,21 @@ class ShardStore:
             )
         return (phase.astype(np.int64) - 1) * images + position
 
+    def _pieces(self, rows: Integers) -> Iterator[tuple[int, int, int, int]]:
+        """Runs of rows that are consecutive in a shard and in the batch, in the order on disk.
+
+        Each is the number of the shard, the first row in it, its place in the batch, the length.
+        """
+        order = np.argsort(rows, kind="stable")
+        rows = rows[order]
+        shard = np.searchsorted(self._first, rows, side="right") - 1
+        follows = (np.diff(rows) == 1) & (np.diff(order) == 1) & (np.diff(shard) == 0)
+        begins = np.flatnonzero(np.concatenate([[True], ~follows])[: len(rows)])
+        lengths = np.diff(begins, append=len(rows))
+        within = rows - self._first[shard]
+        columns = (shard[begins], within[begins], order[begins], lengths)
+        return zip(*(column.tolist() for column in columns), strict=True)
+
     def _target(self, n: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         shape, dtype = (n, *self.manifest.shape), np.dtype(self.manifest.dtype)
         if out is None:
@@ -149,7 +160,7 @@ class ShardStore:
             if len(self._open) == _MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
             kind = _ZstdMaps if self.manifest.compression else _PlainMaps
-            self._open[number] = kind(self._vouched[number])
+            self._open[number] = kind(self._vouched[number], self.manifest)
         self._open.move_to_end(number)
         return self._open[number]
 
@@ -157,8 +168,8 @@ class ShardStore:
 class _Maps(Protocol):
     """The maps of one open shard."""
 
-    def read(self, row: int, out: npt.NDArray[Any]) -> None:
-        """Fill ``out`` with consecutive maps from ``row`` on."""
+    def read(self, row: int, out: memoryview) -> None:
+        """Fill the bytes ``out`` with consecutive maps from ``row`` on."""
 
     def check_unchanged(self) -> None:
         """Raise `ShardError` if the file is no longer the one that was hashed."""
@@ -170,20 +181,20 @@ class _Maps(Protocol):
 class _PlainMaps:
     """Read with ``pread``, not a memory map, whose pages would count as this process's memory."""
 
-    def __init__(self, vouched: Vouched) -> None:
+    def __init__(self, vouched: Vouched, manifest: Manifest) -> None:
         self._vouched = vouched
+        self._map_bytes = manifest.map_bytes
         with refused(vouched.path):
             self._descriptor = os.open(vouched.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
-    def read(self, row: int, out: npt.NDArray[Any]) -> None:
-        rest = out.reshape(-1).view(np.uint8)
-        place = self._vouched.offset + row * (out.nbytes // len(out))
-        while rest.size:
-            got = os.preadv(self._descriptor, [rest.data], place)
+    def read(self, row: int, out: memoryview) -> None:
+        place = self._vouched.offset + row * self._map_bytes
+        while out:
+            got = os.preadv(self._descriptor, [out], place)
             if not got:
                 with refused(self._vouched.path):
                     raise ShardError("became shorter after it was checked")
-            rest, place = rest[got:], place + got
+            out, place = out[got:], place + got
 
     def check_unchanged(self) -> None:
         with refused(self._vouched.path):
@@ -196,8 +207,9 @@ class _PlainMaps:
 class _ZstdMaps:
     """Read through HDF5, which finds and decompresses the chunks."""
 
-    def __init__(self, vouched: Vouched) -> None:
+    def __init__(self, vouched: Vouched, manifest: Manifest) -> None:
         self._vouched = vouched
+        self._kind = (np.dtype(manifest.dtype), (-1, *manifest.shape))
         self._life = ExitStack()
         with refused(vouched.path):
             file = self._life.enter_context(opened(vouched.path, vouched.identity))
@@ -205,11 +217,13 @@ class _ZstdMaps:
             self._maps = file["maps"].id
             self._space = self._maps.get_space()
 
-    def read(self, row: int, out: npt.NDArray[Any]) -> None:
+    def read(self, row: int, out: memoryview) -> None:
+        dtype, shape = self._kind
+        maps = np.frombuffer(out, dtype).reshape(shape)
         # The high-level interface takes twice as long for a single map.
-        self._space.select_hyperslab((row, *[0] * (out.ndim - 1)), out.shape)
+        self._space.select_hyperslab((row, *[0] * (maps.ndim - 1)), maps.shape)
         with refused(self._vouched.path):
-            self._maps.read(h5py.h5s.create_simple(out.shape), self._space, out)
+            self._maps.read(h5py.h5s.create_simple(maps.shape), self._space, maps)
 
     def check_unchanged(self) -> None:
         with refused(self._vouched.path):

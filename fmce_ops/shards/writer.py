@@ -1,9 +1,7 @@
 """Write a shard batch by batch, in constant memory; it appears whole or not at all."""
 
-import hashlib
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +13,9 @@ import torch
 
 from fmce_ops.errors import ShardError
 from fmce_ops.files import atomic, file_digest
+from fmce_ops.shards.following import FollowingHash
 from fmce_ops.shards.layout import Layout, check_header, create, finish, open_file, refused
-from fmce_ops.shards.manifest import Shard, check_layout, shard_file
+from fmce_ops.shards.manifest import Shard, check_layout, map_bytes, shard_file
 
 Integers = npt.NDArray[np.int64]
 
@@ -74,12 +73,16 @@ class ShardWriter:
         self._shard: Shard | None = None
         _remove_leftovers(self._path)
         self._life = ExitStack()
+        self._hash = self._life.enter_context(FollowingHash())
         self._temporary = self._life.enter_context(atomic(self._path))
         self._life.enter_context(_disk_failures_as_os_errors())
         with self._discarded_on_error():
             self._file = self._life.enter_context(create(self._temporary, self._layout))
             # Kept open: HDF5 holds small writes back, and only a flush reports that they fail.
             self._datasets = dict(self._file)
+            self._file.flush()
+            self._begin = self._datasets["maps"].id.get_offset() or 0  # none when compressed
+            self._hash.start(self._temporary, self._begin)
 
     def append(self, maps: Any, index: npt.ArrayLike, label: npt.ArrayLike) -> None:
         """Add the next maps.
@@ -157,9 +160,13 @@ class ShardWriter:
 
     def _check_finite(self, values: npt.NDArray[Any], maps: Any, index: Integers) -> None:
         kind, magnitude, limit = _NOT_FINITE[self._layout.dtype]
-        # Bits, and one map at a time, stay in the processor's cache: ten times faster than isfinite
-        for row, bits in enumerate(values.view(kind)):
-            if (bits & magnitude).max() >= limit:
+        bits = values.view(kind).reshape(len(values), -1)
+        # Bits, and few enough to stay in the processor's cache: ten times faster than isfinite.
+        step = max(1, 2**18 // map_bytes(self._layout.shape, self._layout.dtype))
+        for first in range(0, len(bits), step):
+            if (bits[first : first + step] & magnitude).max() >= limit:
+                largest = (bits[first : first + step] & magnitude).max(axis=1)
+                row = first + int(np.argmax(largest >= limit))
                 self._refuse(torch.as_tensor(maps[row]), int(index[row]))
 
     def _refuse(self, image: torch.Tensor, number: int) -> NoReturn:
@@ -195,6 +202,10 @@ class ShardWriter:
         self._datasets["maps"][first:last] = values[: last - first]
         self._held = values[last - first :].copy()
         self._rows = stop
+        if self._begin:
+            self._datasets["maps"].id.flush()
+            size = map_bytes(self._layout.shape, self._layout.dtype)
+            self._hash.follow(self._begin + stop * size)
 
     def _finish(self) -> Shard:
         if self._rows != self._layout.count:
@@ -203,11 +214,9 @@ class ShardWriter:
                 "state the right count, or give it every image."
             )
         finish(self._file)
-        # The digest is taken from the page cache while the disk still writes.
-        with ThreadPoolExecutor(1) as pool, self._temporary.open("rb") as whole:
-            digest = pool.submit(hashlib.file_digest, whole, "sha256")
-            self._life.close()
-            return _record(self._path, self._layout, self._part, digest.result().hexdigest())
+        self._hash.finish(self._temporary.stat().st_size)  # while the disk still writes
+        self._life.close()
+        return _record(self._path, self._layout, self._part, self._hash.result())
 
 
 def existing(

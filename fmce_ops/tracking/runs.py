@@ -1,8 +1,10 @@
 """One tracked MLflow run for one stage: opened or resumed, filled, closed with the truth."""
 
+import logging
 import os
 import signal
 import subprocess
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +86,9 @@ class Run:
 
     def dataset(self, path: Path, name: str, digest: str, context: str) -> None:
         """Name a data set that the run reads, with its digest."""
-        source = resolve_dataset_source(str(path.resolve()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # two names for the same kind of source
+            source = resolve_dataset_source(str(path.resolve()))
         mlflow.log_input(MetaDataset(source, name=name, digest=digest), context=context)
 
 
@@ -96,6 +100,7 @@ def connect() -> MlflowClient:
     TrackingError
         The store cannot be opened or reached.
     """
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     project = home(Path.cwd())
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     uri = tracking_uri(project)
