@@ -13,7 +13,8 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 
 
@@ -32,7 +33,7 @@ class DataParams(Section):
     per_class: Count | None = None  # at most so many training images of a class
     validation: Fraction = 0.1  # of the training images
     test: Fraction = 0.2  # of all images, where the data set has no test split
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ModelParams(Section):
@@ -58,11 +59,11 @@ class TrainParams(Section):
     batch_size: Count = 128
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     augment: AugmentParams = AugmentParams()
     precision: Precision = "32-true"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class MarkersParams(Section):
@@ -96,7 +97,7 @@ class FmceParams(Section):
     test: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the images; the paper's 3:1
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the rest; chooses the epoch
     precision: Precision = "32-true"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ReportParams(Section):
@@ -156,7 +157,7 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {location}{_nearest(first['loc'])}."
+        return f"unknown key {location}{_nearest(first['loc'])}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if not location else f"{location} is {first['input']!r}: "
     return f"{given}{message[0].lower() + message[1:]}."
@@ -169,7 +170,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     known = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     if not close:
-        return f"; the keys here are {', '.join(known)}"
+        return f"; the keys here are {', '.join(known)}."
     return f"; did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?"
 
 
