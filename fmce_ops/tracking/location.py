@@ -3,7 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 _SQLITE = "sqlite:///"
@@ -39,5 +39,5 @@ def absolute_uri(uri: str, project: Path) -> str:
         return _SQLITE + str(project / uri.removeprefix(_SQLITE))
     parsed = urlparse(uri)
     if parsed.scheme == "file":
-        return (project / url2pathname(unquote(parsed.path))).as_uri()
+        return (project / url2pathname(parsed.path)).as_uri()
     return uri if parsed.scheme else (project / uri).as_uri()
