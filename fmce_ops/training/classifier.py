@@ -165,7 +165,8 @@ def read_losses(path: Path) -> list[Point]:
 def _set_up(
     fabric: Fabric, network: nn.Module, plan: Plan, progress: _Progress
 ) -> tuple[nn.Module, Optimizer]:
-    network.to(memory_format=torch.channels_last)
+    # On its device before the optimizer's state is loaded, which follows the weights there.
+    network.to(fabric.device).to(memory_format=torch.channels_last)
     options: dict[str, Any] = {"momentum": 0.9} if plan.optimizer == "sgd" else {}
     optimizer = _OPTIMIZERS[plan.optimizer](
         network.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, **options

@@ -85,7 +85,8 @@ def train_fmce(
         The loss is not finite.
     """
     progress = _resume(folder, network)
-    network.to(memory_format=torch.channels_last)
+    # On its device before the optimizer's state is loaded, which follows the weights there.
+    network.to(fabric.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=plan.lr)
     if progress.optimizer:
         optimizer.load_state_dict(progress.optimizer)
