@@ -121,16 +121,23 @@ def publish(files: Mapping[str, Path], folder: Path) -> None:
     A ``manifest.json`` with the SHA-256 of each file is added where the files bring none.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        _fill(temporary, files)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(folder: Path, files: Mapping[str, Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for name, source in files.items():
-        _link(source, temporary / name)
+        _link(source, folder / name)
     if MANIFEST not in files:
         digests = {name: file_digest(source) for name, source in files.items()}
-        write_json(temporary / MANIFEST, {"sha256": digests})
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
+        write_json(folder / MANIFEST, {"sha256": digests})
 
 
 def vouched(folder: Path) -> list[Path]:
