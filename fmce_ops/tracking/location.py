@@ -40,4 +40,5 @@ def absolute_uri(uri: str, project: Path) -> str:
     parsed = urlparse(uri)
     if parsed.scheme == "file":
         return (project / url2pathname(parsed.path)).as_uri()
-    return uri if parsed.scheme else (project / uri).as_uri()
+    named = parsed.scheme or uri == "databricks"  # the one server that has a bare name
+    return uri if named else (project / uri).as_uri()
