@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.project import command, commit, new_project
+
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose pipeline has run once and was committed; for reading only."""
+    folder = new_project(tmp_path_factory.mktemp("pipeline") / "project")
+    command(folder, "dvc", "repro")
+    commit(folder, "first run")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,69 @@
+"""A small project in a folder of its own, and the commands that a user runs there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+SMALL = {
+    "data": {"dataset": "digits", "image_size": 16, "per_class": 20},
+    "model": {"backbone": "shufflenet_v2_x0_5", "stem": "small"},
+    "train": {"epochs": 6, "batch_size": 16, "lr": 0.002},
+    "markers": {"phases": 3, "mu": 1.0e-9},
+    "features": {"images_per_shard": 64},
+    "fmce": {"epochs": 3, "batch_size": 32},
+    "report": {"title": "A small project"},
+}
+
+
+def environment() -> dict[str, str]:
+    """No tracking variable of the caller; the scripts of this interpreter first."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_"))}
+    scripts = str(Path(sys.executable).parent)
+    return {**kept, "PATH": scripts + os.pathsep + kept["PATH"], "OMP_NUM_THREADS": "2"}
+
+
+def command(
+    folder: Path, *words: str, code: int | None = 0, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in ``folder`` and check its exit code."""
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    if code is not None:
+        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def new_project(folder: Path, params: dict[str, object] = SMALL) -> Path:
+    """A git repository set up by ``fmce-ops init``, with its first commit."""
+    folder.mkdir(parents=True)
+    command(folder, "git", "init", "-q")
+    command(folder, "git", "config", "user.email", "user@example.org")
+    command(folder, "git", "config", "user.name", "A user")
+    command(folder, "fmce-ops", "init")
+    write_params(folder, params)
+    commit(folder, "start")
+    return folder
+
+
+def write_params(folder: Path, params: dict[str, object]) -> None:
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def commit(folder: Path, message: str) -> None:
+    command(folder, "git", "add", "-A")
+    command(folder, "git", "commit", "-q", "--allow-empty", "-m", message)
+
+
+def copy_project(project: Path, folder: Path) -> Path:
+    """A copy to do damage to."""
+    return Path(shutil.copytree(project, folder, symlinks=True))

@@ -1,0 +1,127 @@
+"""Stages that are killed go on, end with the same bytes, and are one run in MLflow."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from fmce_ops.files import file_digest
+from mlflow import MlflowClient
+
+from tests.project import command, environment, new_project
+
+RESULTS = [
+    "results/losses.csv",
+    "results/markers.json",
+    "data/checkpoints/manifest.json",
+    "data/phases/manifest.json",
+    "data/fmcs/manifest.json",
+    "results/fmce.json",
+    "results/fmce.csv",
+]
+
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def undisturbed(project: Path) -> dict[str, str]:
+    return digests(project)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {name: file_digest(folder / name) for name in RESULTS}
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env={**environment(), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(process: subprocess.Popen[str], text: str) -> None:
+    """Read what the process prints until a line holds ``text``."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the process ended before it printed {text!r}")
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    os.killpg(process.pid, number)
+    process.wait(timeout=60)
+    if process.stdout:
+        process.stdout.close()
+
+
+def stages(folder: Path) -> dict[str, list[mlflow.entities.Run]]:
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+    store = MlflowClient()
+    found: dict[str, list[mlflow.entities.Run]] = {}
+    experiment = store.get_experiment_by_name("fmce-ops")
+    for run in store.search_runs([experiment.experiment_id]):
+        found.setdefault(run.data.tags["fmce.stage"], []).append(run)
+    return found
+
+
+def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_path: Path) -> None:
+    folder = new_project(tmp_path / "killed")
+    # behind each text the whole process group is killed, at once or a little later
+    points = [
+        ("Running stage 'prepare'", 1.5),
+        ("train 1/6", 0.0),
+        ("train 3/6", 0.1),
+        ("train 6/6", 0.0),
+        ("Running stage 'markers'", 6.0),
+        ("features 2/", 0.0),
+        ("fmce 1/3", 0.0),
+        ("fmce 3/3", 1.0),
+    ]
+    for text, later in points:
+        process = start(folder, "dvc", "repro")
+        until(process, text)
+        time.sleep(later)
+        end(process, signal.SIGKILL)
+    command(folder, "dvc", "repro")
+    assert digests(folder) == undisturbed
+    found = stages(folder)
+    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
+        ["prepare", "train", "markers", "features", "fmce", "report"], 1
+    )
+    assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
+    store = MlflowClient()
+    for stage, metric, steps in [("train", "train/loss", 6), ("fmce", "val/accuracy", 3)]:
+        history = store.get_metric_history(found[stage][0].info.run_id, metric)
+        assert [entry.step for entry in history] == list(range(1, steps + 1))
+    assert len(store.search_model_versions("name='fmce-net'")) == 1
+    assert len(found["markers"][0].outputs.model_outputs) == 3
+
+
+def test_ctrl_c_closes_the_run_keeps_the_work_and_says_how_to_go_on(
+    undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    folder = new_project(tmp_path / "interrupted")
+    command(folder, "dvc", "repro", "prepare")
+    process = start(folder, "fmce-ops", "train")
+    until(process, "train 2/6")
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.stdout.read() if process.stdout else ""
+    assert process.wait(timeout=60) == 130
+    assert "run the same command again" in told
+    assert "Traceback" not in told
+    (run,) = stages(folder)["train"]
+    assert run.info.status == "KILLED"
+    command(folder, "dvc", "repro")
+    (run,) = stages(folder)["train"]
+    assert run.info.status == "FINISHED"
+    assert digests(folder) == undisturbed

@@ -1,0 +1,285 @@
+"""What a user does with a project: a real DVC repository, a real MLflow store, small real data."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from tests.project import SMALL, command, copy_project, write_params
+
+STAGES = ["prepare", "train", "markers", "features", "fmce", "report"]
+
+
+@pytest.fixture
+def copy(project: Path, tmp_path: Path) -> Path:
+    return copy_project(project, tmp_path / "copy")
+
+
+def client(project: Path) -> MlflowClient:
+    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
+    return MlflowClient()
+
+
+def runs(project: Path, stage: str) -> list[mlflow.entities.Run]:
+    store = client(project)
+    experiment = store.get_experiment_by_name("fmce-ops")
+    return store.search_runs([experiment.experiment_id], f"tags.`fmce.stage` = '{stage}'")
+
+
+def ran(text: str) -> list[str]:
+    return [name for name in STAGES if f"Running stage '{name}'" in text]
+
+
+def test_a_second_repro_does_nothing_and_is_quick(project: Path) -> None:
+    started = time.monotonic()
+    done = command(project, "dvc", "repro")
+    assert time.monotonic() - started < 6  # the benchmark holds the tighter bound
+    assert ran(done.stdout) == []
+
+
+def test_git_sees_nothing_but_what_the_user_wrote(project: Path) -> None:
+    assert command(project, "git", "status", "--porcelain").stdout == ""
+
+
+def test_every_stage_is_one_finished_run_with_its_tags(project: Path) -> None:
+    head = command(project, "git", "rev-list", "--max-parents=0", "HEAD").stdout.strip()
+    ids = set()
+    for name in STAGES:
+        (run,) = runs(project, name)
+        assert run.info.status == "FINISHED"
+        tags = run.data.tags
+        assert tags["mlflow.source.git.commit"] == head
+        assert tags["fmce.git.dirty"] == "false"
+        assert tags["fmce.dataset"] == "digits"
+        assert tags["fmce.backbone"] == "shufflenet_v2_x0_5"
+        assert name in tags["fmce.command"]
+        if name != "prepare":
+            assert set(tags["fmce.builds_on"].split(",")) <= ids
+            assert run.inputs.dataset_inputs
+        ids.add(run.info.run_id)
+
+
+def test_inputs_carry_the_digests_that_dvc_recorded(project: Path) -> None:
+    lock = yaml.safe_load((project / "dvc.lock").read_text())
+    recorded = {out["path"]: out["md5"] for out in lock["stages"]["prepare"]["outs"]}
+    (run,) = runs(project, "train")
+    assert run.data.tags["fmce.input.data/images.h5"] == recorded["data/images.h5"]
+    assert run.data.tags["fmce.dvc.data/images.h5"] == recorded["data/images.h5"]
+    datasets = {entry.dataset.digest for entry in run.inputs.dataset_inputs}
+    assert recorded["data/images.h5"] in datasets
+
+
+def test_per_epoch_metrics_have_every_step_once(project: Path) -> None:
+    (run,) = runs(project, "train")
+    store = client(project)
+    names = ["train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr", "images_per_second"]
+    for name in names:
+        steps = [m.step for m in store.get_metric_history(run.info.run_id, name)]
+        assert steps == [1, 2, 3, 4, 5, 6], name
+    cqi = [m.step for m in store.get_metric_history(run.info.run_id, "cqi")]
+    assert cqi == [2, 3, 4, 5, 6]  # the first point has no step of the loss
+
+
+def test_marker_checkpoints_are_logged_models_with_their_step(project: Path) -> None:
+    (run,) = runs(project, "markers")
+    markers = json.loads((project / "results/markers.json").read_text())
+    steps = sorted(output.step for output in run.outputs.model_outputs)
+    assert steps == markers["points"]
+    assert markers["points"][-1] == 6
+    assert markers["converged"] is False
+    assert run.data.tags["fmce.converged"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("stage", "picture"),
+    [("markers", "curve.png"), ("features", "gradcam.png"), ("fmce", "confusion.png")],
+)
+def test_pictures_are_in_the_run_and_among_the_outputs(
+    project: Path, stage: str, picture: str
+) -> None:
+    (run,) = runs(project, stage)
+    kept = [file.path for file in client(project).list_artifacts(run.info.run_id, "figures")]
+    assert kept == [f"figures/{picture}"]
+    assert (project / "results" / stage / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_stands_alone(project: Path) -> None:
+    page = (project / "results/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "did not converge" in page
+
+
+def test_fmce_net_is_registered_as_champion(project: Path) -> None:
+    version = client(project).get_model_version_by_alias("fmce-net", "champion")
+    assert version.version in ("1", 1)
+    assert version.run_id == runs(project, "fmce")[0].info.run_id
+
+
+def test_changing_fmce_epochs_runs_only_fmce_and_report(copy: Path) -> None:
+    write_params(copy, {**SMALL, "fmce": {**SMALL["fmce"], "epochs": 2}})
+    assert ran(command(copy, "dvc", "repro").stdout) == ["fmce", "report"]
+    assert "epochs" in command(copy, "dvc", "params", "diff").stdout
+    assert "results/fmce.json" in command(copy, "dvc", "metrics", "diff", "--all").stdout
+    command(copy, "dvc", "plots", "show", "-o", "plots")
+    page = (copy / "plots" / "index.html").read_text()
+    assert "train_loss" in page
+    assert "confusion.png" in page
+    versions = client(copy).search_model_versions("name='fmce-net'")
+    assert len(versions) == 2
+
+
+def test_experiments_run_in_place_and_in_copies_with_their_runs_in_the_project(copy: Path) -> None:
+    done = command(copy, "dvc", "exp", "run", "-S", "fmce.lr=0.0003")
+    assert ran(done.stdout) == ["fmce", "report"]
+    command(copy, "dvc", "exp", "run", "--queue", "-S", "data.per_class=18")
+    done = command(
+        copy, "dvc", "exp", "run", "--run-all", MLFLOW_TRACKING_URI="sqlite:///mlflow.db"
+    )
+    assert len(runs(copy, "prepare")) == 2  # another data set: all stages ran
+    assert len(runs(copy, "fmce")) == 3
+    table = json.loads(command(copy, "dvc", "exp", "show", "--json").stdout)
+    assert "0.0003" in json.dumps(table)
+    newest = runs(copy, "fmce")[0]
+    assert str(copy / "mlruns") in newest.info.artifact_uri
+    assert ".dvc/tmp" not in newest.info.artifact_uri
+
+
+def test_push_and_pull_bring_every_output_back(copy: Path, tmp_path: Path) -> None:
+    command(copy, "dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"))
+    command(copy, "dvc", "push")
+    clone = tmp_path / "clone"
+    command(tmp_path, "git", "clone", "-q", str(copy), str(clone))
+    shutil.copy(copy / ".dvc/config", clone / ".dvc/config")
+    command(clone, "dvc", "pull")
+    assert ran(command(clone, "dvc", "repro").stdout) == []
+    assert "all as the manifest says" in command(clone, "fmce-ops", "shards", "verify").stdout
+
+
+def evaluated(project: Path, *words: str, code: int = 0) -> dict[str, object]:
+    done = command(project, "fmce-ops", "evaluate", "--json", *words, code=code)
+    return json.loads(done.stdout)
+
+
+def test_evaluate_finds_models_by_alias_run_and_folder(project: Path) -> None:
+    (run,) = runs(project, "fmce")
+    local = mlflow.artifacts.download_artifacts("models:/fmce-net@champion")
+    uris = ["models:/fmce-net@champion", f"runs:/{run.info.run_id}/fmce-net", local]
+    answers = [evaluated(project, "--model-uri", uri) for uri in uris]
+    reported = json.loads((project / "results/fmce.json").read_text())["test"]
+    for answer in answers:
+        assert answer["accuracy"] == pytest.approx(reported["accuracy"])
+        assert answer["spearman"] == pytest.approx(reported["spearman"])
+        assert sum(map(sum, answer["confusion"])) == answer["count"]
+
+
+def test_evaluate_judges_classifiers_on_the_test_images(project: Path) -> None:
+    (run,) = runs(project, "markers")
+    counts = json.loads((project / "results/prepare.json").read_text())["counts"]
+    answer = evaluated(project, "--model-uri", f"runs:/{run.info.run_id}/phase-03")
+    assert answer["count"] == counts["test"]
+    assert 0 <= answer["accuracy"] <= 1
+    assert "spearman" not in answer
+
+
+def test_evaluate_shows_tables_and_exits_1_below_the_minimum(project: Path) -> None:
+    uri = ["--model-uri", "models:/fmce-net@champion"]
+    shown = command(project, "fmce-ops", "evaluate", *uri, "--min", "accuracy=0.01").stdout
+    assert "within one" in shown
+    assert "confusion" in shown
+    short = command(project, "fmce-ops", "evaluate", *uri, "--min", "accuracy=1.01", code=1)
+    assert "misses 1.01" in short.stderr
+    wrong = command(project, "fmce-ops", "evaluate", *uri, "--min", "accurcy=1", code=2)
+    assert "accuracy" in wrong.stderr
+
+
+def test_evaluate_says_when_the_shards_are_not_those_of_the_model(copy: Path) -> None:
+    manifest = copy / "data/fmcs/manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_text(manifest.read_text() + "\n")
+    uri = ["--model-uri", "models:/fmce-net@champion"]
+    done = command(copy, "fmce-ops", "evaluate", *uri, code=2)
+    assert "was made from version" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_evaluate_names_what_it_cannot_find(project: Path, tmp_path: Path) -> None:
+    for uri in ("models:/nothing@champion", "runs:/0123/x", str(tmp_path), "models:/fmce-net/99"):
+        done = command(project, "fmce-ops", "evaluate", "--model-uri", uri, code=2)
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
+
+
+def test_evaluate_does_not_import_code_that_only_the_model_names(
+    project: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    (run,) = runs(project, "markers")
+    local = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/phase-01")
+    shutil.copytree(local, folder)
+    (description,) = folder.rglob("network.json")
+    told = json.loads(description.read_text())
+    told["spec"]["backbone"] = "antigravity_of_tests:boom"
+    description.write_text(json.dumps(told))
+    done = command(project, "fmce-ops", "evaluate", "--model-uri", str(folder), code=2)
+    assert "which params.yaml does not name" in done.stderr
+
+
+def test_shards_info_and_verify(copy: Path) -> None:
+    assert "maps of 1024 x 2 x 2" in command(copy, "fmce-ops", "shards", "info").stdout
+    command(copy, "fmce-ops", "shards", "verify")
+    shard = sorted((copy / "data/fmcs").glob("*.h5"))[1]
+    shard.chmod(0o644)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = command(copy, "fmce-ops", "shards", "verify", code=2)
+    assert shard.name in done.stderr
+    assert command(copy, "fmce-ops", "fmce", code=2).stderr.count(shard.name) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fmce": {"epoch": 3}}, "fmce.epochs"),
+        ({"data": {"dataset": "image-folder", "root": "nowhere"}}, "nowhere"),
+        ({"model": {"backbone": "resnet"}}, "resnet"),
+        ({"markers": {"phases": 99}}, "phases"),
+        ({"train": {**SMALL["train"], "lr": 1e30}}, "not finite"),
+    ],
+)
+def test_an_error_of_the_user_is_one_sentence_and_exit_2(
+    copy: Path, change: dict[str, object], words: str
+) -> None:
+    write_params(copy, {**SMALL, **change})
+    stage = "prepare" if "data" in change else "train"
+    done = command(copy, "fmce-ops", stage, code=2)
+    message = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1
+    assert words in message[0]
+    assert "Traceback" not in done.stderr
+    if "train" in change:
+        (failed, _) = runs(copy, "train")
+        assert failed.info.status == "FAILED"
+        assert "not finite" in failed.data.tags["fmce.failure"]
+
+
+def test_init_touches_nothing_that_exists(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    command(folder, "git", "init", "-q")
+    (folder / ".gitignore").write_text("secret")
+    (folder / "params.yaml").write_text("mine: 1\n")
+    refused = command(folder, "fmce-ops", "init", code=2)
+    assert "params.yaml exists" in refused.stderr
+    assert (folder / "params.yaml").read_text() == "mine: 1\n"
+    assert not (folder / "dvc.yaml").exists()
+    command(folder, "fmce-ops", "init", "--force")
+    assert (folder / ".gitignore").read_text().startswith("secret\n")
+    assert "no git repository" in command(tmp_path, "fmce-ops", "init", "x", code=2).stderr

@@ -1,0 +1,153 @@
+"""The served model and the UI: real server processes on the loopback, stopped by their id."""
+
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.project import environment
+
+SHAPE = (1024, 2, 2)
+
+
+@contextmanager
+def server(folder: Path, *words: str, ready: str) -> Iterator[str]:
+    """Start a server on a free port, wait until it answers, stop it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    variables = {**environment(), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    process = subprocess.Popen(
+        [*words, "-p", str(port)],
+        cwd=folder,
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while status(address + ready) != 200:
+            assert process.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def status(address: str) -> int:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return int(answer.status)
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def served(project: Path) -> Iterator[str]:
+    words = ["mlflow", "models", "serve", "-m", "models:/fmce-net@champion"]
+    with server(project, *words, "--env-manager", "local", ready="/ping") as address:
+        yield address + "/invocations"
+
+
+def ask(address: str, body: str) -> tuple[int, Any]:
+    request = urllib.request.Request(
+        address, body.encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, strict_json(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, strict_json(error.read())
+
+
+def strict_json(text: bytes) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def inputs(array: np.ndarray) -> str:
+    return json.dumps({"inputs": array.tolist()})
+
+
+@pytest.mark.parametrize("count", [1, 2, 100])
+def test_each_map_gets_k_probabilities(served: str, count: int) -> None:
+    maps = np.random.default_rng(0).random((count, *SHAPE)).astype(np.float32)
+    code, answer = ask(served, inputs(maps))
+    predictions = np.array(answer["predictions"])
+    assert code == 200
+    assert predictions.shape == (count, 3)
+    np.testing.assert_allclose(predictions.sum(1), 1)
+
+
+def test_answers_are_those_of_the_network(project: Path, served: str) -> None:
+    import torch
+    from fmce_ops.shards import ShardStore
+    from fmce_ops.tracking.registry import load_network
+
+    (folder,) = {
+        path.parent
+        for path in (project / "mlruns").rglob("network.json")
+        if json.loads(path.read_text())["kind"] == "fmce-net"
+    }
+    _, network = load_network(folder)
+    with ShardStore.open(project / "data/fmcs") as store:
+        maps = store.batch([1, 2, 3], [0, 1, 2]).astype(np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(maps)).double().softmax(1).numpy()
+    _, answer = ask(served, inputs(maps))
+    np.testing.assert_allclose(answer["predictions"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        inputs(np.zeros((1, 7, 2, 2))),
+        inputs(np.zeros(SHAPE)),
+        inputs(np.full((1, *SHAPE), np.nan)),
+        inputs(np.full((1, *SHAPE), np.inf)),
+        inputs(np.full((1, *SHAPE), 3e38)),
+        '{"inputs": []}',
+        '{"inputs": null}',
+        '{"inputs": [[1, 2], [3]]}',
+        '{"inputs": "maps"}',
+        '{"maps": 1}',
+        "[1, 2]",
+        "not json",
+        "",
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence_and_the_server_goes_on(
+    served: str, body: str
+) -> None:
+    code, answer = ask(served, body)
+    assert 400 <= code < 500
+    assert answer["message"]
+    good = ask(served, inputs(np.zeros((1, *SHAPE))))
+    assert good[0] == 200
+
+
+def test_bare_mlflow_ui_shows_the_runs(project: Path) -> None:
+    with server(project, "mlflow", "ui", ready="/health") as address:
+        body = json.dumps({"max_results": 10}).encode()
+        request = urllib.request.Request(
+            address + "/api/2.0/mlflow/experiments/search",
+            body,
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            found = [e["name"] for e in json.load(answer)["experiments"]]
+    assert "fmce-ops" in found
