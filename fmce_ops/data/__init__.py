@@ -4,10 +4,8 @@ from fmce_ops.data.batches import Augment, TrainBatches, augment, epoch_order, t
 from fmce_ops.data.images import Images, ImagesSummary
 from fmce_ops.data.prepare import prepare
 from fmce_ops.data.seeds import derive_seed
-from fmce_ops.data.sources import DATASETS
 
 __all__ = [
-    "DATASETS",
     "Augment",
     "Images",
     "ImagesSummary",

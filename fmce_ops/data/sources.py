@@ -9,9 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
-from torchvision.datasets.utils import check_integrity
 
 from fmce_ops.data.splits import IntArray
 from fmce_ops.errors import DataError
@@ -80,12 +77,14 @@ def open_source(dataset: str, root: Path) -> Source:
         return _digits()
     if dataset == "image-folder":
         return _image_folder(root)
-    if dataset in _TORCHVISION:
+    if dataset in DATASETS:
         return _torchvision(dataset, root)
     raise DataError(f"There is no data set {dataset!r}: choose one of {', '.join(DATASETS)}.")
 
 
 def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = digits.target.astype(np.int64)
@@ -105,7 +104,7 @@ class _Download:
 
 
 def _torchvision(dataset: str, root: Path) -> Source:
-    kind = _TORCHVISION[dataset]
+    kind = _downloads()[dataset]
     try:
         parts = {
             name: kind.read(root, name == "train", download=True) for name in ("train", "test")
@@ -135,6 +134,8 @@ def _torchvision(dataset: str, root: Path) -> Source:
 
 
 def _damaged_idx(folder: Path) -> list[str]:
+    from torchvision.datasets import MNIST
+
     names = [Path(archive).stem for archive, _ in MNIST.resources]
     return [name for name in names if not _idx_is_whole(folder / name)]
 
@@ -152,6 +153,8 @@ def _idx_is_whole(path: Path) -> bool:
 
 
 def _damaged_batches(kind: Any) -> Callable[[Path], list[str]]:
+    from torchvision.datasets.utils import check_integrity
+
     def damaged(folder: Path) -> list[str]:
         known = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
         return [name for name, md5 in known if not check_integrity(folder / name, md5)]
@@ -159,13 +162,19 @@ def _damaged_batches(kind: Any) -> Callable[[Path], list[str]]:
     return damaged
 
 
-_TORCHVISION = {
-    "mnist": _Download(MNIST, "MNIST/raw", _damaged_idx),
-    "fashion-mnist": _Download(FashionMNIST, "FashionMNIST/raw", _damaged_idx),
-    "cifar10": _Download(CIFAR10, CIFAR10.base_folder, _damaged_batches(CIFAR10)),
-    "cifar100": _Download(CIFAR100, CIFAR100.base_folder, _damaged_batches(CIFAR100)),
-}
-DATASETS = ("digits", *_TORCHVISION, "image-folder")
+def _downloads() -> dict[str, _Download]:
+    # Here and not above: torchvision takes seconds, and most who use images prepare none.
+    from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
+
+    return {
+        "mnist": _Download(MNIST, "MNIST/raw", _damaged_idx),
+        "fashion-mnist": _Download(FashionMNIST, "FashionMNIST/raw", _damaged_idx),
+        "cifar10": _Download(CIFAR10, CIFAR10.base_folder, _damaged_batches(CIFAR10)),
+        "cifar100": _Download(CIFAR100, CIFAR100.base_folder, _damaged_batches(CIFAR100)),
+    }
+
+
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 

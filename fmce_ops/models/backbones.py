@@ -5,27 +5,28 @@ import importlib
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from fmce_ops.errors import ModelError
 from fmce_ops.models.cutting import cut_at
 
-_DEFAULT_CUTS: dict[type[nn.Module], str] = {
-    torchvision.models.AlexNet: "features",
-    torchvision.models.ConvNeXt: "features",
-    torchvision.models.DenseNet: "features",
-    torchvision.models.EfficientNet: "features",
-    torchvision.models.GoogLeNet: "inception5b",
-    torchvision.models.Inception3: "Mixed_7c",
-    torchvision.models.MNASNet: "layers",
-    torchvision.models.MobileNetV2: "features",
-    torchvision.models.MobileNetV3: "features",
-    torchvision.models.RegNet: "trunk_output",
-    torchvision.models.ResNet: "layer4",  # also ResNeXt and Wide ResNet
-    torchvision.models.ShuffleNetV2: "conv5",
-    torchvision.models.SqueezeNet: "features",
-    torchvision.models.VGG: "features",
+# By the name of the class, so that torchvision is imported only where a network is built: it takes
+# seconds, and those who judge feature maps need none.
+_DEFAULT_CUTS = {
+    "AlexNet": "features",
+    "ConvNeXt": "features",
+    "DenseNet": "features",
+    "EfficientNet": "features",
+    "GoogLeNet": "inception5b",
+    "Inception3": "Mixed_7c",
+    "MNASNet": "layers",
+    "MobileNetV2": "features",
+    "MobileNetV3": "features",
+    "RegNet": "trunk_output",
+    "ResNet": "layer4",  # also ResNeXt and Wide ResNet
+    "ShuffleNetV2": "conv5",
+    "SqueezeNet": "features",
+    "VGG": "features",
 }
 
 
@@ -98,16 +99,17 @@ def build(
     >>> feature_shape(build("resnet18", 10, stem="small", in_size=32), 32)
     (512, 4, 4)
     """
+    from torchvision import models
+
     network = _network(backbone, classes)
     if stem == "small":
         _shrink_stem(backbone, network)
     elif stem != "standard":
         raise ModelError(f"There is no stem {stem!r}: choose 'standard' or 'small'.")
-    if isinstance(network, torchvision.models.DenseNet):
+    if isinstance(network, models.DenseNet):
         # Its forward applies this ReLU as a function, behind the module that is the cut.
         network.features.add_module("relu", nn.ReLU())
-    where = cut or next((c for kind, c in _DEFAULT_CUTS.items() if isinstance(network, kind)), None)
-    body, channels = cut_at(backbone, network, where, in_size)
+    body, channels = cut_at(backbone, network, cut or _default_cut(network), in_size)
     return Classifier(body, channels, classes)
 
 
@@ -125,10 +127,19 @@ def feature_shape(classifier: Classifier, size: int) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def _default_cut(network: nn.Module) -> str | None:
+    from torchvision import models
+
+    cuts = _DEFAULT_CUTS.items()
+    return next((cut for kind, cut in cuts if isinstance(network, getattr(models, kind))), None)
+
+
 def _network(name: str, classes: int) -> nn.Module:
     if ":" in name:
         return _from_factory(name, classes)
-    known = torchvision.models.list_models(module=torchvision.models)
+    from torchvision import models
+
+    known = models.list_models(module=models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "shufflenet_v2_x0_5"]
         raise ModelError(
@@ -140,7 +151,7 @@ def _network(name: str, classes: int) -> nn.Module:
         # Their auxiliary heads lie outside the backbone; the usual initialisation is asked for
         # by name because torchvision warns otherwise.
         options |= {"aux_logits": False, "init_weights": True}
-    return torchvision.models.get_model(name, weights=None, **options)
+    return models.get_model(name, weights=None, **options)
 
 
 def _from_factory(name: str, classes: int) -> nn.Module:
@@ -167,14 +178,16 @@ def _from_factory(name: str, classes: int) -> nn.Module:
 
 
 def _shrink_stem(name: str, network: nn.Module) -> None:
-    if isinstance(network, torchvision.models.ResNet):
+    from torchvision import models
+
+    if isinstance(network, models.ResNet):
         old = network.conv1
         network.conv1 = nn.Conv2d(
             old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False
         )
         # As torchvision initialises every convolution of a ResNet.
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(network, torchvision.models.ShuffleNetV2):
+    elif isinstance(network, models.ShuffleNetV2):
         network.conv1[0].stride = (1, 1)
     else:
         raise ModelError(

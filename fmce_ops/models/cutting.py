@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from fmce_ops.errors import ModelError
 
@@ -142,6 +141,8 @@ def _gives(chain: nn.Module, expected: Tensor, in_size: int) -> bool:
 class _Traced(nn.Module):
     def __init__(self, network: nn.Module, cut: str) -> None:
         super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor
+
         self.network = create_feature_extractor(network, {cut: "map"})
 
     def forward(self, x: Tensor) -> Tensor:
