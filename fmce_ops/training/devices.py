@@ -21,7 +21,8 @@ def launch(precision: Precision = "32-true") -> Fabric:
     torch.use_deterministic_algorithms(True, warn_only=True)
     several = bool(os.environ.get("LT_CLI_USED"))
     fabric = Fabric(precision=precision, devices="auto" if several else 1)
-    fabric.launch()
+    if not several:  # 'fabric run' has launched its processes, and Fabric refuses a second time
+        fabric.launch()
     return fabric
 
 
