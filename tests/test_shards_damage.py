@@ -17,7 +17,7 @@ from fmce_ops.shards import Manifest, ShardStore, shard_file, verify
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from test_shards import make_store, random_maps
+from tests.test_shards import make_store, random_maps
 
 FIRST, LAST = shard_file(1, 0), shard_file(2, 1)
 

@@ -61,19 +61,17 @@ class Layout:
         }
 
 
-def create(path: Path, layout: Layout) -> h5py.File:
+def create(path: Path, layout: Layout) -> None:
     """Create the file with its datasets, all of their space reserved and nothing filled in."""
     # HDF5 cannot recover from a full disk and takes the process with it, so the disk has to be
     # found full before HDF5 writes; once more behind it, as it empties the file.
     _reserve(path, layout)
-    # Pinned, as the default changes between releases of HDF5 and the bytes with it.
-    file = h5py.File(path, "w", libver=("v108", "v108"), locking=False)
-    for name, value in layout.attributes.items():
-        file.attrs.create(name, value, dtype="<i8")
-    for name, (shape, dtype) in layout.datasets.items():
-        file.create_dataset(name, shape, dtype, **_storage(name, layout))
+    with open_file(path, "w") as file:
+        for name, value in layout.attributes.items():
+            file.attrs.create(name, value, dtype="<i8")
+        for name, (shape, dtype) in layout.datasets.items():
+            file.create_dataset(name, shape, dtype, **_storage(name, layout))
     _reserve(path, layout)
-    return file
 
 
 def _reserve(path: Path, layout: Layout) -> None:
@@ -127,9 +125,10 @@ def refused(path: Path) -> Iterator[None]:
         ) from error
 
 
-def open_file(path: Path) -> h5py.File:
-    """Open for reading; no lock, as stores may lie on read-only or network disks."""
-    return h5py.File(path, "r", locking=False)
+def open_file(path: Path, mode: str = "r") -> h5py.File:
+    """Open without a lock, as stores may lie on read-only or network disks."""
+    # The version is pinned, as the default changes between releases and the bytes with it.
+    return h5py.File(path, mode, libver=("v108", "v108"), locking=False)
 
 
 def check_header(file: h5py.File, layout: Layout) -> int:

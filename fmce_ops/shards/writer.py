@@ -1,5 +1,6 @@
 """Write a shard batch by batch, in constant memory; it appears whole or not at all."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,12 +78,11 @@ class ShardWriter:
         self._temporary = self._life.enter_context(atomic(self._path))
         self._life.enter_context(_disk_failures_as_os_errors())
         with self._discarded_on_error():
-            self._file = self._life.enter_context(create(self._temporary, self._layout))
+            create(self._temporary, self._layout)
+            self._begin = self._start_hash()
+            self._file = self._life.enter_context(open_file(self._temporary, "r+"))
             # Kept open: HDF5 holds small writes back, and only a flush reports that they fail.
             self._datasets = dict(self._file)
-            self._file.flush()
-            self._begin = self._datasets["maps"].id.get_offset() or 0  # none when compressed
-            self._hash.start(self._temporary, self._begin)
 
     def append(self, maps: Any, index: npt.ArrayLike, label: npt.ArrayLike) -> None:
         """Add the next maps.
@@ -150,6 +150,16 @@ class ShardWriter:
             yield
             guard.pop_all()
 
+    def _start_hash(self) -> int:
+        """Hash the header while no one has the file open, for then it is as it will be.
+
+        Returns where the maps begin, 0 when they are compressed.
+        """
+        with open_file(self._temporary) as file:
+            begin: int = file["maps"].id.get_offset() or 0
+        self._hash.start(self._temporary, begin)
+        return begin
+
     def _converted(self, maps: Any) -> npt.NDArray[Any]:
         """The maps in the shard's type; too large a value becomes infinite."""
         dtype = self._layout.dtype
@@ -160,7 +170,7 @@ class ShardWriter:
 
     def _check_finite(self, values: npt.NDArray[Any], maps: Any, index: Integers) -> None:
         kind, magnitude, limit = _NOT_FINITE[self._layout.dtype]
-        bits = values.view(kind).reshape(len(values), -1)
+        bits = values.view(kind).reshape(len(values), math.prod(self._layout.shape))
         # Bits, and few enough to stay in the processor's cache: ten times faster than isfinite.
         step = max(1, 2**18 // map_bytes(self._layout.shape, self._layout.dtype))
         for first in range(0, len(bits), step):
