@@ -76,7 +76,9 @@ stages:
 """
 
 
-def test_dvc_itself_runs_in_a_folder_whose_home_is_the_project(project, tmp_path):
+def test_dvc_itself_runs_in_a_folder_whose_home_is_the_project(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+
     def run(*command):
         subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=100)
 
@@ -85,7 +87,6 @@ def test_dvc_itself_runs_in_a_folder_whose_home_is_the_project(project, tmp_path
     run("git", "config", "user.email", "a@b.c")
     run("git", "config", "user.name", "a")
     run(sys.executable, "-m", "dvc", "init", "-q")
-    run(sys.executable, "-m", "dvc", "config", "core.analytics", "false")
     (project / "where.py").write_text(WHERE.format(answer=tmp_path / "answer"))
     (project / "dvc.yaml").write_text(STAGE.format(python=sys.executable))
     run("git", "add", "-A")
