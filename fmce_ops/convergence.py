@@ -129,15 +129,16 @@ def epoch_markers(
             f"{phases} phases were asked of {len(curve)} recorded points: "
             "choose between 1 and as many phases as there are points, or train for longer."
         )
-    if smoothed.min() <= 0:
-        raise MarkerError(
-            f"the smoothed loss at point {int(smoothed.argmin()) + 1} is {smoothed.min():g}: "
-            "markers need the logarithm of the loss, so use a loss that stays above zero."
-        )
     threshold = float(mu * smoothed.max()) if relative else float(mu)
     end, converged = _end(cqi(curve, alpha, window, method), threshold, unconverged)
+    if smoothed[:end].min() <= 0:
+        point = int(smoothed.argmin()) + 1
+        raise MarkerError(
+            f"the smoothed loss at point {point} is {smoothed[point - 1]:g}: markers need the "
+            "logarithm of the loss, so use a loss that stays above zero."
+        )
     start = int(curve.argmax()) + 1
-    points = _crossings(np.log(smoothed), start, end, phases)
+    points = _crossings(np.log(smoothed[:end]), start, end, phases)
     return Markers(points, start, converged, threshold)
 
 
@@ -221,7 +222,8 @@ def _crossings(log_loss: NDArray[np.float64], start: int, end: int, phases: int)
         )
     fall = np.abs(log_loss - log_loss[start - 1])
     full = fall[end - 1]
-    thresholds = np.arange(1, phases) * full / phases
+    # A fall that equals k G / K must not miss it by the rounding of the logarithms.
+    thresholds = np.arange(1, phases) * full / phases * (1 - 1e-12)
     reached = fall[start - 1 : end]
     inner = [start + int(np.argmax(reached >= threshold)) for threshold in thresholds]
     points = (*inner, end)

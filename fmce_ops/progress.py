@@ -98,7 +98,8 @@ def show_store(folder: Path, description: "Description") -> None:
     shape = " x ".join(map(str, description.shape))
     kind = f"{description.dtype}, {description.compression or 'not compressed'}"
     console = Console()
-    table = Table(title=f"{folder}: {description.maps} maps of {shape}, {kind}")
+    console.print(f"{folder}: {description.maps} maps of {shape}, {kind}", soft_wrap=True)
+    table = Table()
     for heading in ("phase", "shards", "maps", "MiB"):
         table.add_column(heading, justify="right")
     for phase in description.phases:

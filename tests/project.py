@@ -14,7 +14,7 @@ SMALL = {
     "train": {"epochs": 6, "batch_size": 16, "lr": 0.002},
     "markers": {"phases": 3, "mu": 1.0e-9},
     "features": {"images_per_shard": 64},
-    "fmce": {"epochs": 3, "batch_size": 32},
+    "fmce": {"epochs": 3, "batch_size": 32, "lr": 0.001},
     "report": {"title": "A small project"},
 }
 
@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
     """No tracking variable of the caller; the scripts of this interpreter first."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_"))}
     scripts = str(Path(sys.executable).parent)
-    return {**kept, "PATH": scripts + os.pathsep + kept["PATH"], "OMP_NUM_THREADS": "2"}
+    return {**kept, "PATH": scripts + os.pathsep + kept["PATH"], "OMP_NUM_THREADS": "1"}
 
 
 def command(

@@ -5,13 +5,13 @@ before it starts the stage. A folder is named for the stage's parameters and inp
 never see its contents. ``.fmce/`` may be removed whenever no stage is running.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fmce_ops.errors import ModelError
-from fmce_ops.files import file_digest, write_json
+from fmce_ops.files import atomic, file_digest, write_json
 
 FOLDER = ".fmce"
 MANIFEST = "manifest.json"
@@ -48,7 +48,7 @@ class Work:
         write_json(self.path / _FINISHED, dict(outputs))
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_work(
     project: Path, stage: str, key: Mapping[str, Any], *, first: bool = True
 ) -> Iterator[Work]:
@@ -69,7 +69,7 @@ def open_work(
         yield Work(path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _held(file: Path) -> Iterator[None]:
     """Hold the lock; two experiments that share a stage wait for each other."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +89,14 @@ def _held(file: Path) -> Iterator[None]:
 
 def _drop_finished(project: Path, mine: Path) -> None:
     for finished in (project / FOLDER).glob(f"*/{_FINISHED}"):
-        if finished.parent != mine or _recorded(json.loads(finished.read_text())):
-            shutil.rmtree(finished.parent)
-            finished.parent.with_suffix(".lock").unlink(missing_ok=True)
+        folder = finished.parent
+        if folder == mine:
+            if _recorded(json.loads(finished.read_text())):
+                shutil.rmtree(folder)
+            continue
+        with contextlib.suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
+            shutil.rmtree(folder)  # a folder that is held is being repeated: it stays
+            folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _recorded(outputs: Mapping[str, str]) -> bool:
@@ -103,7 +108,7 @@ def recorded_digests(lock: Path) -> dict[str, str]:
     """What DVC last recorded of every output: path -> MD5 (of a folder, DVC's ``.dir`` digest)."""
     if not lock.exists():
         return {}
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
     outputs = [output for stage in stages.values() for output in stage.get("outs", [])]
     return {output["path"]: output["md5"] for output in outputs if "md5" in output}
 
@@ -120,6 +125,8 @@ def publish(files: Mapping[str, Path], folder: Path) -> None:
 
     A ``manifest.json`` with the SHA-256 of each file is added where the files bring none.
     """
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(leftover)  # of a process that was killed; the stage's lock keeps others out
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         _fill(temporary, files)
@@ -167,4 +174,5 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        with atomic(target) as copy:
+            shutil.copyfile(source, copy)

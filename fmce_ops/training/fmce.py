@@ -84,6 +84,11 @@ def train_fmce(
     TrainingError
         The loss is not finite.
     """
+    if plan.batch_size % fabric.world_size:
+        raise TrainingError(
+            f"fmce.batch_size is {plan.batch_size}, which {fabric.world_size} processes cannot "
+            f"share evenly: choose a multiple of {fabric.world_size}."
+        )
     progress = _resume(folder, network)
     # On its device before the optimizer's state is loaded, which follows the weights there.
     network.to(fabric.device).to(memory_format=torch.channels_last)
