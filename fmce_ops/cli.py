@@ -48,10 +48,6 @@ def main() -> None:
             raise
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        message = "stopped; what was done is kept: run the same command again to go on from there."
-        Console(stderr=True, soft_wrap=True).print(message)
-        sys.exit(INTERRUPTED)
 
 
 def _run_stage(name: str) -> None:
@@ -59,8 +55,15 @@ def _run_stage(name: str) -> None:
 
     sys.path.append(str(Path.cwd()))  # so that model.backbone may name a module of the project
     params = load_params(Path("params.yaml"))
-    with _progress() as progress:
-        import_module(f"fmce_ops.stages.{name}").run(params, progress)
+    try:
+        with _progress() as progress:
+            import_module(f"fmce_ops.stages.{name}").run(params, progress)
+    except KeyboardInterrupt:
+        typer.echo(
+            "stopped; what was done is kept: run the same command again to go on from there.",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextlib.contextmanager
