@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from fmce_ops.errors import FmceError
+from fmce_ops.files import is_disk_full
 
 if TYPE_CHECKING:
     from fmce_ops.training.reporter import Reporter
@@ -46,8 +47,16 @@ def main() -> None:
     except FmceError as error:
         if _debug:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(USER_ERROR)
+        _fail(str(error))
+    except Exception as error:
+        if _debug or not is_disk_full(error):
+            raise
+        _fail("the disk is full: free some space, then run the same command again.")
+
+
+def _fail(sentence: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"error: {sentence}", markup=False, highlight=False)
+    sys.exit(USER_ERROR)
 
 
 def _run_stage(name: str) -> None:

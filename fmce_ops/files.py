@@ -53,6 +53,16 @@ def _fsync(path: Path) -> None:
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether this error, or one that it came from, says that the disk is full."""
+    while error is not None:
+        words = str(error)
+        if "No space left on device" in words or "database or disk is full" in words:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def is_disk_failure(error: OSError) -> bool:
     """Whether the disk refused; h5py reports some of these without an ``errno``, in words."""
     return error.errno in _DISK_ERRORS or "No space left" in str(error)

@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 from fmce_ops.convergence import ConvergenceMonitor
 from fmce_ops.data import TrainBatches, derive_seed, to_input
 from fmce_ops.errors import TrainingError
-from fmce_ops.files import atomic, write_text
+from fmce_ops.files import write_text
 from fmce_ops.models import load_into, save_weights
 from fmce_ops.training.devices import total
 from fmce_ops.training.reporter import Reporter, Row
+from fmce_ops.training.state import load_state, save_state
 
 _OPTIMIZERS: dict[str, Any] = {
     "adam": torch.optim.Adam,
@@ -273,22 +274,21 @@ def _row(progress: _Progress, i: int, monitor: ConvergenceMonitor) -> Row:
 def _record(folder: Path, network: nn.Module, optimizer: Optimizer, progress: _Progress) -> None:
     """Weights first: the state names the last point, so its weights must be there."""
     save_weights(point_file(folder, len(progress.history)), network.state_dict(), {})
-    with atomic(folder / "state.pt") as temporary:
-        history = [asdict(point) for point in progress.history]
-        state = {
-            "history": history,
-            "speeds": progress.speeds,
-            "times": progress.times,
-            "optimizer": optimizer.state_dict(),
-        }
-        torch.save(state, temporary)
+    history = [asdict(point) for point in progress.history]
+    state = {
+        "history": history,
+        "speeds": progress.speeds,
+        "times": progress.times,
+        "optimizer": optimizer.state_dict(),
+    }
+    save_state(folder / "state.pt", state)
 
 
 def _resume(folder: Path, network: nn.Module) -> _Progress:
     path = folder / "state.pt"
     if not path.exists():
         return _Progress()
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_state(path)
     history = [Point(**row) for row in state["history"]]
     load_into(network, point_file(folder, len(history)))
     return _Progress(history, state["speeds"], state["times"], state["optimizer"])

@@ -20,12 +20,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fmce_ops.errors import TrainingError
-from fmce_ops.files import atomic
 from fmce_ops.models import FmceNet, load_into, save_weights
 from fmce_ops.shards import Batch, RandomBatches, ShardStore
 from fmce_ops.training.devices import total
 from fmce_ops.training.metrics import confusion
 from fmce_ops.training.reporter import Reporter, Row
+from fmce_ops.training.state import load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -218,22 +218,21 @@ def _record(folder: Path, network: nn.Module, optimizer: Optimizer, progress: _P
     newest = progress.history[-1]
     if best_epoch(progress.history) is newest:
         save_weights(folder / "best.safetensors", network.state_dict(), {})
-    with atomic(folder / "state.pt") as temporary:
-        state = {
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "history": [asdict(epoch) for epoch in progress.history],
-            "rates": progress.rates,
-            "times": progress.times,
-        }
-        torch.save(state, temporary)
+    state = {
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": [asdict(epoch) for epoch in progress.history],
+        "rates": progress.rates,
+        "times": progress.times,
+    }
+    save_state(folder / "state.pt", state)
 
 
 def _resume(folder: Path, network: nn.Module) -> _Progress:
     path = folder / "state.pt"
     if not path.exists():
         return _Progress()
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_state(path)
     network.load_state_dict(state["network"])
     history = [Epoch(**row) for row in state["history"]]
     return _Progress(history, state["rates"], state["times"], state["optimizer"])

@@ -1,0 +1,29 @@
+"""What a loop needs to go on: written whole or not at all, read without running anything."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmce_ops.files import atomic
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values.
+
+    Raises
+    ------
+    DiskError
+        ``path`` could not be written.
+    """
+    whole = io.BytesIO()  # torch reports a full disk in ways that are hard to tell apart
+    torch.save(state, whole)
+    with atomic(path) as temporary:
+        temporary.write_bytes(whole.getbuffer())
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote, on the CPU."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
