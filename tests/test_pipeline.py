@@ -199,14 +199,17 @@ def test_evaluate_shows_tables_and_exits_1_below_the_minimum(project: Path) -> N
     assert "accuracy" in wrong.stderr
 
 
-def test_evaluate_says_when_the_shards_are_not_those_of_the_model(copy: Path) -> None:
-    manifest = copy / "data/fmcs/manifest.json"
-    manifest.chmod(0o644)
-    manifest.write_text(manifest.read_text() + "\n")
+def test_evaluate_finds_the_data_of_the_model_or_says_that_it_is_gone(copy: Path) -> None:
     uri = ["--model-uri", "models:/fmce-net@champion"]
-    done = command(copy, "fmce-ops", "evaluate", *uri, code=2)
-    assert "was made from version" in done.stderr
-    assert done.stderr.count("\n") == 1
+    before = evaluated(copy, *uri)
+    write_params(copy, {**SMALL, "features": {**SMALL["features"], "dtype": "float32"}})
+    command(copy, "dvc", "repro", "features")
+    done = command(copy, "fmce-ops", "evaluate", "--json", *uri)
+    assert "holds another version" in done.stderr
+    assert json.loads(done.stdout)["confusion"] == before["confusion"]
+    shutil.rmtree(copy / ".dvc/cache")
+    gone = command(copy, "fmce-ops", "evaluate", *uri, code=2)
+    assert "which DVC's cache does not hold" in gone.stderr
 
 
 def test_evaluate_names_what_it_cannot_find(project: Path, tmp_path: Path) -> None:

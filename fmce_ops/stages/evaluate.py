@@ -18,7 +18,7 @@ from fmce_ops.shards import ShardStore
 from fmce_ops.stages.fmce import split_rows
 from fmce_ops.stages.params import load_params
 from fmce_ops.stages.stage import FMCS, IMAGES, now
-from fmce_ops.stages.work import digest
+from fmce_ops.stages.versions import data_version
 from fmce_ops.tracking.registry import load_network, model_folder
 from fmce_ops.tracking.runs import tracked
 from fmce_ops.tracking.serving import Network
@@ -54,7 +54,7 @@ def evaluate(model_uri: str, params_file: Path) -> Evaluation:
     Raises
     ------
     ModelError
-        There is no such model, or the data in the workspace is not what it was made from.
+        There is no such model, or neither the workspace nor DVC's cache has its data.
     """
     folder = model_folder(model_uri)
     _refuse_unknown_code(folder, params_file)
@@ -92,10 +92,9 @@ def _refuse_unknown_code(folder: Path, params_file: Path) -> None:
 
 def _on_shards(network: Network, module: nn.Module) -> NDArray[np.int64]:
     made_from = network.made_from
-    where = Path(made_from.get("path", FMCS))
-    _check_version(where, made_from["shards"], made_from.get("dvc"))
     fabric = launch()
-    with ShardStore.open(where) as store:
+    version = data_version(FMCS, made_from["shards"], made_from.get("dvc"))
+    with version as folder, ShardStore.open(folder) as store:
         split = split_rows(store.manifest, made_from["split"])
         matrix, _ = judge(fabric, module.to(fabric.device), store, split.test, 256)
     return matrix
@@ -103,30 +102,18 @@ def _on_shards(network: Network, module: nn.Module) -> NDArray[np.int64]:
 
 @torch.inference_mode()
 def _on_images(network: Network, module: nn.Module) -> NDArray[np.int64]:
-    _check_version(IMAGES, network.made_from["images"], None)
     fabric = launch()
     module.to(fabric.device)
     classes = len(network.spec["classes"])
     counts = torch.zeros(classes, classes, dtype=torch.int64)
-    with Images.open(IMAGES) as images:
+    wanted = network.made_from["images"]
+    with data_version(IMAGES, wanted, wanted) as file, Images.open(file) as images:
         total = images.counts["test"]
         for start in range(0, total, 256):
             pixels, labels = images.read("test", start, min(start + 256, total))
             logits = module(network.prepare(fabric.to_device(pixels)))
             counts += confusion(labels, logits.argmax(1).cpu(), classes)
     return counts.numpy()
-
-
-def _check_version(path: Path, wanted: str, recorded: str | None) -> None:
-    found = digest(path) if path.exists() else None
-    if found == wanted:
-        return
-    there = f"holds version {found[:12]}" if found else "is missing"
-    hint = f" (DVC recorded it as {recorded})" if recorded else ""
-    raise ModelError(
-        f"{path} {there}, but the model was made from version {wanted[:12]}{hint}: check out the "
-        "commit that the model's run names and run 'dvc checkout' or 'dvc pull' there."
-    )
 
 
 def _record(result: Evaluation, matrix: NDArray[np.int64]) -> None:

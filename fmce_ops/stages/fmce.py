@@ -116,7 +116,6 @@ def _register(
     settings = params.fmce.model_dump(include={"split", "test", "validation", "seed"})
     made_from = {
         "shards": stage.inputs[str(FMCS)],
-        "path": str(FMCS),
         "dvc": recorded_digests(Path("dvc.lock")).get(str(FMCS)),
         "split": settings,
         "provenance": manifest.provenance,

@@ -141,7 +141,7 @@ def _fill(folder: Path, files: Mapping[str, Path]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, source in files.items():
-        _link(source, folder / name)
+        link(source, folder / name)
     if MANIFEST not in files:
         digests = {name: file_digest(source) for name, source in files.items()}
         write_json(folder / MANIFEST, {"sha256": digests})
@@ -170,7 +170,8 @@ def vouched(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(digests)]
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, or a copy where the disk cannot link."""
     try:
         os.link(source, target)
     except OSError:
