@@ -62,7 +62,7 @@ def _fail(sentence: str) -> NoReturn:
 def _run_stage(name: str) -> None:
     from fmce_ops.stages.params import load_params
 
-    sys.path.append(str(Path.cwd()))  # so that model.backbone may name a module of the project
+    _import_from_here()
     params = load_params(Path("params.yaml"))
     try:
         with _progress() as progress:
@@ -73,6 +73,11 @@ def _run_stage(name: str) -> None:
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _import_from_here() -> None:
+    """Let model.backbone name a module of the project; installed modules come first."""
+    sys.path.append(str(Path.cwd()))
 
 
 @contextlib.contextmanager
@@ -150,6 +155,7 @@ def evaluate(
     from fmce_ops.stages.evaluate import evaluate as judge
     from fmce_ops.stages.evaluate import parse_minimum, shortfalls
 
+    _import_from_here()
     least = parse_minimum(minimum or [])
     with contextlib.redirect_stdout(sys.stderr):
         result = judge(model_uri, Path("params.yaml"))

@@ -1,12 +1,14 @@
 """What the terminal shows: progress of the loops, tables of results."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fmce_ops.training.reporter import Row
@@ -23,13 +25,15 @@ _SHOWN = {
     "val/accuracy": "val acc {:.4f}",
     "cqi": "CQI {:.2e}",
     "images_per_second": "{:.0f} images/s",
-    "maps_per_second": "{:.0f} maps/s",
 }
 
 
-def _words(row: Row) -> str:
-    shown = [form.format(row.values[name]) for name, form in _SHOWN.items() if name in row.values]
-    return "  ".join(shown)
+_BRIEF = {name: form for name, form in _SHOWN.items() if not name.startswith("val/")}
+
+
+def _words(row: Row, shown: Mapping[str, str]) -> str:
+    words = [form.format(row.values[name]) for name, form in shown.items() if name in row.values]
+    return "  ".join(words)
 
 
 class PlainProgress:
@@ -56,20 +60,20 @@ class PlainProgress:
         done = row.step - self._first + 1
         left = (time.monotonic() - self._started) / done * (self._total - row.step)
         print(
-            f"{self._task} {row.step}/{self._total}  {_words(row)}  {left:.0f} s left", flush=True
+            f"{self._task} {row.step}/{self._total}  {_words(row, _SHOWN)}  {left:.0f} s left",
+            flush=True,
         )
 
 
 class RichProgress:
-    """A bar with the newest figures and the remaining time."""
+    """One live line that fits into 80 columns: the newest figures and the remaining time."""
 
     def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
         )
 
     def __enter__(self) -> Self:
@@ -85,12 +89,12 @@ class RichProgress:
         self._bar.stop()
 
     def begin(self, task: str, total: int) -> None:
-        """Start a bar."""
+        """Start a line."""
         self._task = self._bar.add_task(task, total=total, figures="")
 
     def row(self, row: Row) -> None:
-        """Move the bar."""
-        self._bar.update(self._task, completed=row.step, figures=_words(row))
+        """Show the step."""
+        self._bar.update(self._task, completed=row.step, figures=_words(row, _BRIEF))
 
 
 def show_store(folder: Path, description: "Description") -> None:
@@ -117,16 +121,19 @@ def show_store(folder: Path, description: "Description") -> None:
 def show_evaluation(result: "Evaluation") -> None:
     """The figures and the confusion matrix."""
     console = Console()
-    table = Table(title=f"{result.model_uri} on {result.count} test {result.unit}")
+    title = f"{result.model_uri} on {result.count} test {result.unit}"
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in result.figures.items():
         table.add_row(name.replace("_", " "), f"{value:.4f}")
     console.print(table)
     matrix = Table(title="confusion (rows: true, columns: predicted)")
-    for heading in ("", *result.names):
+    names = [escape(name) for name in result.names]
+    for heading in ("", *names):
         matrix.add_column(heading, justify="right")
-    for i, (name, row) in enumerate(zip(result.names, result.confusion, strict=True)):
+    for i, (name, row) in enumerate(zip(names, result.confusion, strict=True)):
         cells = [f"[bold]{n}[/bold]" if i == j else str(n) for j, n in enumerate(row)]
         matrix.add_row(name, *cells)
     console.print(matrix)

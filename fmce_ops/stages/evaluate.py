@@ -73,7 +73,7 @@ def evaluate(model_uri: str, params_file: Path) -> Evaluation:
         figures={k: v for k, v in values.items() if on_maps or k not in _ORDERED},
         confusion=matrix.tolist(),
     )
-    _record(result, matrix)
+    _record(result, network, matrix)
     return result
 
 
@@ -116,15 +116,21 @@ def _on_images(network: Network, module: nn.Module) -> NDArray[np.int64]:
     return counts.numpy()
 
 
-def _record(result: Evaluation, matrix: NDArray[np.int64]) -> None:
+def _record(result: Evaluation, network: Network, matrix: NDArray[np.int64]) -> None:
     tags = {
         "fmce.stage": "evaluate",
         "fmce.model_uri": result.model_uri,
-        "fmce.data": result.data,
         "fmce.command": f"fmce-ops evaluate --model-uri {result.model_uri}",
     }
+    provenance = network.made_from.get("provenance", {})
+    tags["fmce.dataset"] = provenance.get("dataset", network.spec.get("dataset", ""))
+    backbone = provenance.get("model", network.spec).get("backbone", "")
+    data = FMCS if network.kind == "fmce-net" else IMAGES
+    tags |= {"fmce.backbone": backbone, f"fmce.input.{data}": result.data}
     params = {"model_uri": result.model_uri, "kind": result.kind}
     with tracked("evaluate", None, params=params, tags=tags, system_metrics=False) as run:
+        run.dataset(data, str(data), result.data, "test")
+        run.tags({"fmce.builds_on": ",".join(run.makers({str(data): result.data}))})
         run.final({f"test/{name}": value for name, value in result.figures.items()}, now())
         title = f"accuracy {result.figures['accuracy']:.4f}"
         run.figure(confusion_figure(matrix, title, result.names), "confusion.png")

@@ -21,6 +21,7 @@ def describe_classifier(params: Params, images: Images, digest: str) -> Network:
     """What a logged classifier says of itself; ``digest`` is that of the images."""
     spec = {
         **params.model.model_dump(),
+        "dataset": images.dataset,
         "classes": list(images.classes),
         "image_size": params.data.image_size,
         "channels": images.channels,

@@ -35,7 +35,8 @@ def data_version(path: Path, wanted: str, recorded: str | None) -> Iterator[Path
     object_file = _cache_object(recorded) if recorded else None
     if object_file is None or not object_file.exists():
         raise ModelError(
-            f"{path} {state}, {wanted[:12]}, which DVC's cache does not hold: check out the commit that the model's run names and run 'dvc pull'."
+            f"{path} {state}, {wanted[:12]}, which DVC's cache does not hold: check out the commit "
+            "that the model's run names and run 'dvc pull'."
         )
     logging.getLogger(__name__).warning(
         "%s %s; judging on version %s from DVC's cache",

@@ -1,5 +1,6 @@
 """Logged and registered models: log, register, promote, find."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,18 +123,25 @@ def model_folder(uri: str) -> Path:
     ModelError
         There is no such model, or it is not one of this project's.
     """
-    connect()
     try:
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-    except (MlflowException, OSError) as error:
+        local = Path(uri) if uri and Path(uri).is_dir() else _downloaded(uri)
+    except (MlflowException, OSError, ValueError) as error:
         raise ModelError(
             f"there is no model at {uri} ({str(error).splitlines()[0]}): "
             "give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME or a model folder."
         ) from error
     found = sorted(local.rglob(NETWORK)) if local.is_dir() else []
-    if not found:
-        raise ModelError(f"{uri} holds no {NETWORK}: give a model that fmce-ops has logged.")
+    if len(found) != 1:
+        raise ModelError(
+            f"{uri} holds {len(found)} models of fmce-ops: give the URI or folder of one."
+        )
     return found[0].parent
+
+
+def _downloaded(uri: str) -> Path:
+    connect()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
 
 
 __all__ = ["Network", "Registered", "load_network", "log_network", "model_folder", "register"]

@@ -1,12 +1,14 @@
 """One tracked MLflow run for one stage: opened or resumed, filled, closed with the truth."""
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +108,7 @@ def connect() -> MlflowClient:
     uri = tracking_uri(project)
     # a store in a folder or file derives its place for artifacts from the working folder
     here = Path.cwd()
+    _refuse_dead_server(uri)
     try:
         os.chdir(project)
         mlflow.set_tracking_uri(uri)
@@ -120,7 +123,22 @@ def connect() -> MlflowClient:
     return MlflowClient()
 
 
-@contextmanager
+def _refuse_dead_server(uri: str) -> None:
+    """MLflow itself tries for minutes before it says that nobody answers."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(uri, timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers, and may want credentials that MLflow has
+    except OSError as error:
+        raise TrackingError(
+            f"no tracking server answers at {uri} ({error}): start it or correct "
+            "MLFLOW_TRACKING_URI."
+        ) from error
+
+
+@contextlib.contextmanager
 def tracked(
     name: str,
     run_id: str | None,
@@ -134,6 +152,7 @@ def tracked(
     A run that fails carries the reason in its tag ``fmce.failure``. SIGTERM closes it as KILLED.
     """
     client = connect()
+    mlflow.set_system_metrics_sampling_interval(2)  # s; most stages are short
     run_id = run_id if run_id and _exists(client, run_id) else None
     started = mlflow.start_run(
         run_id=run_id, run_name=None if run_id else name, log_system_metrics=system_metrics
@@ -148,11 +167,24 @@ def tracked(
     except KeyboardInterrupt:
         status, failure = RunStatus.KILLED, "interrupted"
         raise
+    except MlflowException as error:
+        status, failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
+        raise TrackingError(
+            f"the tracking store refused ({str(error).splitlines()[0]}): see that it can be "
+            "reached and has room, then run the same command again."
+        ) from error
     except BaseException as error:
         status, failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
         raise
     finally:
-        run.tags({"fmce.failure": failure[:5000]} if failure or run_id else {})
+        _close(run, status, failure if failure or run_id else None)
+
+
+def _close(run: Run, status: int, failure: str | None) -> None:
+    """End the run; a store that is gone must not hide why the stage failed."""
+    with contextlib.suppress(MlflowException):
+        if failure is not None:
+            run.tags({"fmce.failure": failure[:5000]})
         mlflow.end_run(RunStatus.to_string(status))
 
 
@@ -163,7 +195,7 @@ def _exists(client: MlflowClient, run_id: str) -> bool:
         return False  # the store was removed or changed since: a new run tells the whole story
 
 
-@contextmanager
+@contextlib.contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end the stage as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

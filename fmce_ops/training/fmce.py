@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
+from fmce_ops.convergence import cqi
 from fmce_ops.errors import TrainingError
 from fmce_ops.models import FmceNet, load_into, save_weights
 from fmce_ops.shards import Batch, RandomBatches, ShardStore
@@ -207,9 +208,12 @@ def _row(progress: _Progress, i: int) -> Row:
         "val/loss": epoch.val_loss,
         "val/accuracy": epoch.val_accuracy,
         "lr": epoch.lr,
-        "maps_per_second": speed,
+        "images_per_second": speed,
         "data_wait_share": waited,
     }
+    indicator = cqi([done.train_loss for done in progress.history[: i + 1]])[-1]
+    if math.isfinite(indicator):
+        values["cqi"] = float(indicator)
     return Row(epoch.epoch, values, progress.times[i])
 
 
