@@ -158,6 +158,8 @@ def _sentence(error: ValidationError) -> str:
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown key {location}{_nearest(first['loc'])}"
+    if first["type"] == "model_type":
+        return f"{location or 'the file'} is no section: give it keys, or leave it out."
     message = first["msg"].removeprefix("Value error, ")
     given = "" if not location else f"{location} is {first['input']!r}: "
     return f"{given}{message[0].lower() + message[1:]}."
