@@ -1,14 +1,22 @@
 """What several tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 
 from tests.project import command, commit, new_project
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_store_of_another_test() -> Iterator[None]:
+    yield
+    mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture(scope="session")

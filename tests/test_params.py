@@ -149,7 +149,7 @@ def test_what_is_no_text_is_no_yaml(tmp_path):
 
 @pytest.mark.parametrize("text", ["[1, 2]", "5", "digits"])
 def test_a_file_without_sections_is_refused(tmp_path, text):
-    assert "valid dictionary" in complaint(tmp_path, text)
+    assert "is no section" in complaint(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}"])

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 
@@ -98,12 +99,10 @@ def test_answers_are_those_of_the_network(project: Path, served: str) -> None:
     from fmce_ops.shards import ShardStore
     from fmce_ops.tracking.registry import load_network
 
-    (folder,) = {
-        path.parent
-        for path in (project / "mlruns").rglob("network.json")
-        if json.loads(path.read_text())["kind"] == "fmce-net"
-    }
-    _, network = load_network(folder)
+    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
+    local = mlflow.artifacts.download_artifacts("models:/fmce-net@champion")
+    (description,) = Path(local).rglob("network.json")
+    _, network = load_network(description.parent)
     with ShardStore.open(project / "data/fmcs") as store:
         maps = store.batch([1, 2, 3], [0, 1, 2]).astype(np.float32)
     with torch.inference_mode():

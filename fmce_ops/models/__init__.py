@@ -1,6 +1,6 @@
 """Networks: classifiers cut at their feature map, FMCE-Net, and weights on disk."""
 
-from fmce_ops.models.backbones import Classifier, build, feature_shape
+from fmce_ops.models.backbones import Classifier, build, feature_shape, functional_modules
 from fmce_ops.models.fmce_net import FmceNet
 from fmce_ops.models.weights import load_into, load_weights, save_weights
 
@@ -9,6 +9,7 @@ __all__ = [
     "FmceNet",
     "build",
     "feature_shape",
+    "functional_modules",
     "load_into",
     "load_weights",
     "save_weights",

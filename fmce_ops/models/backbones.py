@@ -113,6 +113,22 @@ def build(
     return Classifier(body, channels, classes)
 
 
+def functional_modules(classifier: Classifier) -> dict[str, nn.Module]:
+    """The modules that an image passes one after another, by name; the last is the ``head``.
+
+    A backbone whose layers do not form a chain is one module, ``backbone``.
+    """
+    body = classifier.backbone
+    prefix = ""
+    while isinstance(body, nn.Sequential) and len(body) == 1 and isinstance(body[0], nn.Sequential):
+        ((name, body),) = body.named_children()
+        prefix += f"{name}."
+    if not isinstance(body, nn.Sequential):
+        return {"backbone": classifier.backbone, "head": classifier.head}
+    chain = {prefix + name: module for name, module in body.named_children()}
+    return {**chain, "head": classifier.head}
+
+
 def feature_shape(classifier: Classifier, size: int) -> tuple[int, int, int]:
     """(C, h, w) of the feature map for images of ``size`` pixels."""
     parameter = next(classifier.parameters())

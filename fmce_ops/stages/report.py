@@ -26,7 +26,12 @@ def run(params: Params, progress: Reporter | None = None) -> None:
     """Write ``results/report.html``."""
     inputs = [LOSSES, MARKERS, *FACTS.values(), *PICTURES.values()]
     with open_stage(
-        "report", params, ["report"], inputs=inputs, outputs=[REPORT], progress=progress
+        "report",
+        params,
+        list(Params.model_fields),
+        inputs=inputs,
+        outputs=[REPORT],
+        progress=progress,
     ) as stage:
         write_text(REPORT, _page(params))
         if stage.run:

@@ -91,13 +91,14 @@ def register(
     judge : gives the same figure for the model folder of the present champion on the same data,
         or None where that model cannot read the data at all.
     """
-    for known in run.client.search_model_versions(f"name='{name}' and run_id='{run.id}'"):
-        return Registered(name, known.version, known.tags.get("fmce.alias", CHALLENGER))
-    made = mlflow.register_model(model_uri, name)
+    known = run.client.search_model_versions(f"name='{name}' and run_id='{run.id}'")
+    made = known[0] if known else mlflow.register_model(model_uri, name)
+    if "fmce.alias" in made.tags:
+        return Registered(name, str(made.version), made.tags["fmce.alias"])
     alias = CHAMPION if _beats_champion(run.client, name, score, judge) else CHALLENGER
     run.client.set_model_version_tag(name, made.version, "fmce.validation_score", repr(score))
-    run.client.set_model_version_tag(name, made.version, "fmce.alias", alias)
     run.client.set_registered_model_alias(name, alias, made.version)
+    run.client.set_model_version_tag(name, made.version, "fmce.alias", alias)  # the last: all done
     return Registered(name, str(made.version), alias)
 
 
