@@ -168,7 +168,9 @@ def _set_up(
 ) -> tuple[nn.Module, Optimizer]:
     # On its device before the optimizer's state is loaded, which follows the weights there.
     network.to(fabric.device).to(memory_format=torch.channels_last)
-    options: dict[str, Any] = {"momentum": 0.9} if plan.optimizer == "sgd" else {}
+    options: dict[str, Any] = {"fused": True}
+    if plan.optimizer == "sgd":
+        options["momentum"] = 0.9
     optimizer = _OPTIMIZERS[plan.optimizer](
         network.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, **options
     )

@@ -92,8 +92,10 @@ def train_fmce(
         )
     progress = _resume(folder, network)
     # On its device before the optimizer's state is loaded, which follows the weights there.
-    network.to(fabric.device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=plan.lr)
+    network.to(fabric.device)
+    if fabric.device.type == "cuda":  # maps are small: on a CPU channels_last only copies weights
+        network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=plan.lr, fused=True)
     if progress.optimizer:
         optimizer.load_state_dict(progress.optimizer)
     module, optimizer = fabric.setup(network, optimizer)
