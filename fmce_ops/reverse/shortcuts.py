@@ -1,0 +1,76 @@
+"""Answers without a search: linear maps, closed forms, and chains of both."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fmce_ops.reverse.inverses import inverse_of
+from fmce_ops.reverse.linear import TRIVIAL, is_linear, is_plain, linear_step
+
+
+def shortcut(
+    module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor] | None:
+    """The answer that is known without a search, or None.
+
+    Linear maps are answered to the precision of the data type, with damping too. Closed forms and
+    chains know no damping; a chain goes from its last link to the first, is solved no more
+    precisely than ``tolerance`` asks for, and may fall short of the target.
+
+    Returns
+    -------
+    x (n, ...) and the iterations of the solver (n,).
+    """
+    if is_linear(module):
+        return _linear(module, target, x0, damping, _precision(x0))
+    links = list(_links(module))
+    if damping.any() or not all(is_linear(link) or inverse_of(link) for link in links):
+        return None
+    inputs = [x0]
+    for link in links[:-1]:
+        inputs.append(link(inputs[-1].clone()))
+    count = torch.zeros_like(damping, dtype=torch.long)
+    for link, own in zip(reversed(links), reversed(inputs), strict=True):
+        inverse = inverse_of(link)
+        if inverse:
+            target = inverse(link, target, own)
+        else:
+            target, spent = _linear(link, target, own, damping, tolerance / 10)
+            count += spent
+    return target, count
+
+
+def _precision(x0: Tensor) -> float:
+    return 8 * torch.finfo(x0.dtype).eps ** (1.0 if x0.dtype == torch.float32 else 0.8)
+
+
+def _linear(
+    module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor, precision: float
+) -> tuple[Tensor, Tensor]:
+    difference = target.double() - module(x0.clone()).double()
+    step, count = linear_step(module, x0, difference, damping, precision)
+    return (x0 + step).to(x0.dtype), count
+
+
+def _links(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of nested Sequentials, neighbouring linear ones as one map."""
+    run: list[nn.Module] = []
+    for part in _parts(module):
+        if is_linear(part):
+            run += [part] if type(part) not in TRIVIAL or type(part) is nn.Flatten else []
+            continue
+        if run:
+            yield nn.Sequential(*run) if len(run) > 1 else run[0]
+            run = []
+        yield part
+    if run:
+        yield nn.Sequential(*run) if len(run) > 1 else run[0]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    if type(module) is nn.Sequential and is_plain(module):
+        for child in module:
+            yield from _parts(child)
+    else:
+        yield module
