@@ -12,7 +12,7 @@ from fmce_ops.reverse.linear import is_linear
 from fmce_ops.reverse.newton import Problem, Search, gauss_newton
 from fmce_ops.reverse.products import frozen
 from fmce_ops.reverse.result import Propagation, Reversal, Status
-from fmce_ops.reverse.shortcuts import shortcut
+from fmce_ops.reverse.shortcuts import chain, shortcut
 from fmce_ops.reverse.solver import each, norms
 
 _SLICE = 2**22  # elements of inputs and targets that are worked on at a time
@@ -36,7 +36,7 @@ def reverse(
     x0: Tensor,
     *,
     damping: float = 0.0,
-    max_iterations: int = 20,
+    max_iterations: int = 12,
     tolerance: float = 1e-3,
     max_change: float = 10.0,
 ) -> Reversal:
@@ -54,7 +54,8 @@ def reverse(
     target : (N, ...) of the output's shape, finite.
     x0 : (N, ...) the input of the forward pass, float32 or float64.
     damping : Tikhonov weight of the change, in units of output per input.
-    max_iterations : Gauss-Newton steps.
+    max_iterations : of the least-squares solver inside Gauss-Newton, for each sample; one costs
+        about two forward passes. Linear maps take what they need.
     tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
         precision of the data type whatever it is.
     max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one.
@@ -95,7 +96,7 @@ def propagate(
     activations: Sequence[Tensor],
     *,
     damping: float = 0.0,
-    max_iterations: int = 20,
+    max_iterations: int = 12,
     tolerance: float = 1e-3,
     max_change: float = 10.0,
 ) -> Propagation:
@@ -203,9 +204,11 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     ----------
     gap, size : (n,) |f(x0) - t| and |x0|.
     """
-    search = _start(settings, problem, gap, size)
-    if not (settings.shortcuts and is_linear(problem.module)):
+    search = _start(settings, problem, gap)
+    if not search.stationary.all():
         gauss_newton(problem, search, settings.max_iterations)
+        if settings.shortcuts:
+            _chained(settings, problem, search, size)
     status = torch.full_like(search.iterations, Status.UNFINISHED)
     status[search.stationary] = Status.NEAREST
     status[search.distance <= problem.goal] = Status.REACHED
@@ -222,21 +225,47 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     )
 
 
-def _start(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> Search:
-    """x0, or where it is better and within the bounds the shortcut's answer."""
+def _start(settings: Settings, problem: Problem, gap: Tensor) -> Search:
+    """The shortcut's answer where there is one, else x0."""
     module, x0 = problem.module, problem.x0
-    count = torch.zeros_like(gap, dtype=torch.long)
-    search = Search(x0.clone(), gap.clone(), count, count.bool())
-    known = None
-    if settings.shortcuts:
-        known = shortcut(module, problem.target, x0, problem.damping, settings.tolerance)
-    if known is None:
-        return search
-    linear = is_linear(module)
-    x, spent = known
-    distance = norms(problem.target - module(x.clone()))
-    better = (distance < gap) & (linear | (norms(x - x0) <= settings.max_change * size))
-    search.x[better], search.distance[better] = x[better], distance[better]
-    search.stationary |= linear & distance.isfinite()
-    search.iterations += spent
+    none = torch.zeros_like(gap, dtype=torch.long)
+    search = Search(x0.clone(), gap.clone(), none, none.bool())
+    known = shortcut(module, problem.target, x0, problem.damping) if settings.shortcuts else None
+    if known:
+        _take(problem, search, torch.arange(len(x0), device=x0.device), known)
+        search.stationary |= search.distance.isfinite() & is_linear(module)
     return search
+
+
+def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor) -> None:
+    """Samples that the search did not bring to the target get the chain's start, and go on."""
+    rows = (search.distance > problem.goal).nonzero()[:, 0]
+    if not len(rows) or problem.damping.any():
+        return
+    part = problem.take(rows)
+    known = chain(part.module, part.target, part.x0, settings.tolerance)
+    if known is None:
+        return
+    within = norms(known[0] - part.x0) <= settings.max_change * size[rows]
+    taken = _take(problem, search, rows[within], (known[0][within], known[1][within]))
+    again = taken[search.distance[taken] > problem.goal[taken]]
+    if len(again):
+        second = Search(*(values[again] for values in vars(search).values()))
+        second.iterations.zero_(), second.stationary.zero_()
+        gauss_newton(problem.take(again), second, settings.max_iterations)
+        second.iterations += search.iterations[again]
+        for name, values in vars(search).items():
+            values[again] = getattr(second, name)
+
+
+def _take(problem: Problem, search: Search, rows: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
+    """Put what is known about ``rows`` into the search where it is nearer; returns those rows."""
+    x, spent = known
+    search.iterations[rows] += spent
+    if not len(rows):
+        return rows
+    distance = norms(problem.target[rows] - problem.module(x.clone()))
+    better = distance < search.distance[rows]
+    taken = rows[better]
+    search.x[taken], search.distance[taken] = x[better], distance[better]
+    return taken

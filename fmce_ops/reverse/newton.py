@@ -5,14 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fmce_ops.reverse.products import Linearised
+from fmce_ops.reverse.products import Linearised, Output, output_of
 from fmce_ops.reverse.solver import least_squares, norms, spread
 
-_INNER = 30  # iterations of the solver in one step
-_LOOSEST = 0.1  # part of the residual that a step may leave over
+_SHARE = 2  # a step may spend one part in so many of all iterations
+_FORCING = 0.1  # part of the residual that a step may leave over
 _HALVINGS = 6
 _STALLED = 1e-3  # a step that promises to take less than this part of the residual is none
-_LEAKS = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Problem:
             self.module, self.target[rows], self.x0[rows], self.damping[rows], self.goal[rows]
         )
 
-    def merit(self, value: Tensor, x: Tensor, floor: float) -> Tensor:
-        """(n,) what Gauss-Newton lowers: residual and damped change, the part beyond a ReLU off."""
-        rest = norms(self.target.clamp(min=floor) - value)
+    def merit(self, output: Output, x: Tensor) -> Tensor:
+        """(n,) what Gauss-Newton lowers: the residual and the damped change."""
+        rest = norms(output.rest(self.target))
         return (rest.square() + (self.damping * norms(x - self.x0)).square()).sqrt()
 
 
@@ -58,34 +57,57 @@ def gauss_newton(problem: Problem, search: Search, max_iterations: int) -> None:
     """Improve ``search`` until the distance is within the goal or no step helps.
 
     Every step minimises |J d - r|^2 + damping^2 |x + d - x0|^2 by `least_squares` and is halved
-    until the true residual falls. Units that rest in the flat part of their activation have no
-    derivative though the module may reach the target through them: a first pass therefore gives
-    them slope 1, and a second takes the samples that are left with the true derivative.
+    until the residual falls. Behind a last ReLU, units that rest have no derivative though the
+    module may reach their target; where the true derivative has no more to give, a second pass
+    works on what comes before that ReLU, see `Output`, and counts where it ends nearer.
+
+    Parameters
+    ----------
+    max_iterations : of the least-squares solver, for each sample in each pass.
     """
-    for leak in _LEAKS:
-        rows = ((search.distance > problem.goal) & ~search.stationary).nonzero()[:, 0]
-        for _ in range(max_iterations):
-            if not len(rows):
-                break
-            rows = _step(problem, search, rows, leak)
+    rectified = _improve(problem, search, max_iterations, hinge=False)
+    rows = (search.stationary & (search.distance > problem.goal)).nonzero()[:, 0]
+    if not (rectified and len(rows)):
+        return
+    none = torch.zeros_like(rows)
+    second = Search(search.x[rows], search.distance[rows], none, none.bool())
+    _improve(problem.take(rows), second, max_iterations, hinge=True)
+    search.iterations[rows] += second.iterations
+    better = second.distance < search.distance[rows]
+    won = rows[better]
+    search.x[won], search.distance[won] = second.x[better], second.distance[better]
+    search.stationary[won] = second.stationary[better]
 
 
-def _step(problem: Problem, search: Search, rows: Tensor, leak: float) -> Tensor:
-    """One step of the samples ``rows``; returns those that shall go on."""
-    here, x = problem.take(rows), search.x[rows]
-    linearised = Linearised(here.module, x, leak)
-    rest = here.target.clamp(min=linearised.floor) - linearised.value
-    gradient = linearised.pull(rest) - spread(here.damping.square(), x) * (x - here.x0)
-    merit = here.merit(linearised.value, x, linearised.floor)
-    wanted = (here.goal / merit.clamp(min=1e-300) / 2).clamp(max=_LOOSEST)
-    found = least_squares(linearised, gradient, merit, here.damping, wanted, _INNER)
-    search.iterations[rows] += found.iterations
-    promising = found.residual < (1 - _STALLED) * merit
-    floor = linearised.floor
-    falling = _descend(problem, search, rows, found.step, merit, promising, floor)
-    if not leak:
+def _improve(problem: Problem, search: Search, max_iterations: int, hinge: bool) -> bool:
+    """One pass; returns whether the module ends in a ReLU."""
+    rectified = False
+    rows = (search.distance > problem.goal).nonzero()[:, 0]
+    while len(rows):
+        here, x = problem.take(rows), search.x[rows]
+        linearised = Linearised(here.module, x, here.target, hinge)
+        rectified = linearised.output.rectified
+        left = max_iterations - int(search.iterations[rows].min())
+        most = min(left, -(-max_iterations // _SHARE))
+        step, spent, merit, promising = _step(here, x, linearised, most)
+        search.iterations[rows] += spent
+        falling = _descend(problem, search, rows, step, merit, promising, hinge)
         search.stationary[rows] = ~falling
-    return rows[falling & (search.distance[rows] > here.goal)]
+        going = falling & (search.distance[rows] > here.goal)
+        rows = rows[going & (search.iterations[rows] < max_iterations)]
+    return rectified
+
+
+def _step(
+    problem: Problem, x: Tensor, linearised: Linearised, most: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Gauss-Newton step, its iterations, the merit before it, and if it promises anything."""
+    rest, merit = linearised.output.rest(problem.target), problem.merit(linearised.output, x)
+    gradient = linearised.pull(rest) - spread(problem.damping.square(), x) * (x - problem.x0)
+    wanted = (problem.goal / merit.clamp(min=1e-300) / 2).clamp(min=_FORCING)
+    found = least_squares(linearised, gradient, merit, problem.damping, wanted, most)
+    promising = found.residual < (1 - _STALLED) * merit
+    return found.step, found.iterations.clamp(min=1), merit, promising
 
 
 def _descend(
@@ -95,7 +117,7 @@ def _descend(
     step: Tensor,
     merit: Tensor,
     promising: Tensor,
-    floor: float,
+    hinge: bool,
 ) -> Tensor:
     """Take the promising steps, halved until they lower the merit; (n,) where one did."""
     better = torch.zeros_like(promising)
@@ -104,9 +126,10 @@ def _descend(
         if not len(left):
             break
         here, x = problem.take(rows[left]), search.x[rows[left]] + step[left] * 0.5**halving
-        value = here.module(x.clone())
-        lower = here.merit(value, x, floor) < (1 - _STALLED) * merit[left]
+        output = output_of(here.module, x, hinge)
+        lower = here.merit(output, x) < (1 - _STALLED) * merit[left]
         taken = rows[left[lower]]
-        search.x[taken], search.distance[taken] = x[lower], norms(here.target - value)[lower]
+        search.x[taken] = x[lower]
+        search.distance[taken] = output.distance(here.target)[lower]
         better[left[lower]] = True
     return better

@@ -1,7 +1,8 @@
 """A module at a point: its value and the products of its Jacobian with vectors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,18 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fmce_ops.errors import ReverseError
+from fmce_ops.reverse.solver import norms
 
-Map = Callable[[Tensor], Tensor]
-
-# Activations that are flat beyond these bounds: a unit that rests there has no derivative, though
-# a larger input would wake it.
-_FLAT: dict[Callable[..., Any], tuple[float, float]] = {
-    F.relu: (0.0, torch.inf),
-    torch.relu: (0.0, torch.inf),
-    F.relu6: (0.0, 6.0),
-    F.hardswish: (-3.0, torch.inf),
-    F.hardsigmoid: (-3.0, 3.0),
-}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 
 
 @contextmanager
@@ -49,6 +41,44 @@ def _set_inplace(parts: list[nn.Module], value: bool) -> None:
         part.inplace = value  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a module made of a batch.
+
+    Where it ends in a ReLU, targets below 0 count as 0. A unit that rests there has no derivative
+    even where its target is above 0. With ``hinge`` the value is therefore taken before the ReLU:
+    such a unit is pulled up, and one that shall rest and does is left alone.
+    """
+
+    value: Tensor
+    rectified: bool
+    hinge: bool
+
+    def rest(self, target: Tensor) -> Tensor:
+        """(n, ...) what is missing to the target."""
+        if not self.rectified:
+            return target - self.value
+        rest = target.clamp(min=0) - self.value
+        return rest * self.pulled(target) if self.hinge else rest
+
+    def pulled(self, target: Tensor) -> Tensor:
+        """(n, ...) before a ReLU: the units that do not yet rest as they should."""
+        return (target > 0) | (self.value > 0)
+
+    def distance(self, target: Tensor) -> Tensor:
+        """(n,) |target - output|."""
+        hidden = self.rectified and self.hinge
+        return norms(target - (self.value.clamp(min=0) if hidden else self.value))
+
+
+def output_of(module: nn.Module, x: Tensor, hinge: bool = False) -> Output:
+    """Run the module on (n, ...) with the derivatives that `Linearised` needs."""
+    with sdpa_kernel(SDPBackend.MATH), _Rewritten() as rewritten:
+        y = module(x.clone())  # its first operation may be in place
+    rectified = rewritten.output is y
+    return Output(rewritten.input if rectified and hinge else y, rectified, hinge)
+
+
 class Linearised:
     """The Jacobian J of ``module`` at x: (n, ...) -> (n, ...), one block per sample.
 
@@ -59,31 +89,30 @@ class Linearised:
     Parameters
     ----------
     module : maps one tensor to one tensor, sample by sample.
-    leak : slope that a unit gets which rests in the flat part of its activation; 0 is the truth.
-
-    Attributes
-    ----------
-    value : (n, ...) module(x).
-    floor : 0 where the module's last operation is a ReLU, else -inf.
+    target : where the module's output shall go; needed with ``hinge`` alone.
+    hinge : see `Output`.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, leak: float = 0.0) -> None:
-        self._module, self._leak = module, leak
+    def __init__(
+        self, module: nn.Module, x: Tensor, target: Tensor | None = None, hinge: bool = False
+    ) -> None:
+        self._module, self._target, self._hinge = module, target, hinge
         self._x = x.detach().clone().requires_grad_()
-        self._seed: Tensor | None = None
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _Surrogate(leak) as surrogate:
-            self._y = module(self._x.clone())  # its first operation may be in place
-        self.floor = 0.0 if surrogate.last is self._y else -torch.inf
-        self.value = self._y.detach()
-        if not self._y.requires_grad:
+        with torch.enable_grad():
+            made = output_of(module, self._x, hinge)
+            y = self._kept(made, made.value)
+        if not y.requires_grad:
             raise ReverseError(
                 f"{type(module).__name__} returned a tensor that no gradient comes back from: "
                 "only differentiable modules can be reversed."
             )
+        self._y, self.output = y, replace(made, value=made.value.detach())
+        self._seed: Tensor | None = None
 
     def take(self, rows: Tensor) -> "Linearised":
         """The same for some of the samples."""
-        return Linearised(self._module, self._x[rows], self._leak)
+        target = None if self._target is None else self._target[rows]
+        return Linearised(self._module, self._x[rows], target, self._hinge)
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u: (n, ...) of the output -> (n, ...) of the input."""
@@ -92,18 +121,22 @@ class Linearised:
     def push(self, v: Tensor) -> Tensor:
         """J v: (n, ...) of the input -> (n, ...) of the output."""
         if self._seed is None:
-            self._seed = torch.zeros_like(self.value, requires_grad=True)
+            self._seed = torch.zeros_like(self._y, requires_grad=True)
             self._pulled = _gradient(self._y, self._x, self._seed, create_graph=True)
         with suppress(RuntimeError):
             return _gradient(self._pulled, self._seed, v)
         return self._forward_mode(v)
 
     def _forward_mode(self, v: Tensor) -> Tensor:
-        surrogate = _Surrogate(self._leak)
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), surrogate:
-            dual = self._module(forward_ad.make_dual(self._x.detach(), v))
-            tangent = forward_ad.unpack_dual(dual).tangent
-        return torch.zeros_like(self.value) if tangent is None else tangent
+        with forward_ad.dual_level():
+            made = output_of(self._module, forward_ad.make_dual(self._x.detach(), v), self._hinge)
+            tangent = forward_ad.unpack_dual(made.value).tangent
+        return torch.zeros_like(self._y) if tangent is None else self._kept(made, tangent)
+
+    def _kept(self, made: Output, values: Tensor) -> Tensor:
+        if self._target is None or not (made.rectified and made.hinge):
+            return values
+        return values * made.pulled(self._target)
 
 
 def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
@@ -113,13 +146,15 @@ def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Te
     return torch.zeros_like(x) if found is None else found
 
 
-class _Surrogate(TorchFunctionMode):
-    """Same values, other derivatives: flat activations leak, batch norm is one multiplication."""
+class _Rewritten(TorchFunctionMode):
+    """Same values; convolution and batch norm get second derivatives as cheap as the first.
 
-    def __init__(self, leak: float) -> None:
+    PyTorch's own cost two to ten times that. Remembers what went in and out of the last ReLU.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._leak = leak
-        self.last: Tensor | None = None
+        self.input = self.output = torch.empty(0)
 
     def __torch_function__(
         self,
@@ -129,35 +164,71 @@ class _Surrogate(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        if func in _FLAT and not given.get("inplace"):
-            y = _Leaky.apply(args[0], func, self._leak) if self._leak else func(*args, **given)
-            self.last = y if _FLAT[func] == _FLAT[F.relu] else None
-            return y
+        if func in (F.relu, torch.relu) and not given.get("inplace"):
+            self.input, self.output = args[0], func(args[0])
+            return self.output
         if func is F.batch_norm and not given.get("training"):
             return _batch_norm(*args, **given)
+        if func in _CONVOLUTIONS and not given and not isinstance(args[4], str):
+            return _convolve(*args)
         return func(*args, **given)
 
 
-class _Leaky(torch.autograd.Function):
-    """A flat activation whose resting units pass ``leak`` of the gradient."""
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    settings = (list(stride), list(padding), list(dilation), groups)
+    y = _Convolution.apply(x, weight, x, settings, False)
+    return y if bias is None else y + bias.view(-1, *[1] * (weight.ndim - 2))
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution or its adjoint, each the derivative of the other; the weight is constant."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Map, leak: float) -> Tensor:
-        low, high = _FLAT[function]
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            y = function(leaf)
-            (slope,) = torch.autograd.grad(y.sum(), leaf)
-        ctx.slope = slope.masked_fill_((x <= low) | (x >= high), leak)
-        return y.detach()
+    def forward(
+        ctx: Any, v: Tensor, weight: Tensor, like: Tensor, settings: Any, adjoint: bool
+    ) -> Tensor:
+        ctx.weight, ctx.like = weight.detach(), like.detach()
+        ctx.settings, ctx.adjoint = settings, adjoint
+        return _Convolution._product(ctx, v, adjoint)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * ctx.slope, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        product = _Convolution.apply(grad, ctx.weight, ctx.like, ctx.settings, not ctx.adjoint)
+        return product, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent * ctx.slope
+        return _Convolution._product(ctx, tangent, ctx.adjoint)
+
+    @staticmethod
+    def _product(ctx: Any, v: Tensor, adjoint: bool) -> Tensor:
+        stride, padding, dilation, groups = ctx.settings
+        zeros = [0] * len(stride)
+        if adjoint:
+            return torch.ops.aten.convolution_backward(
+                v,
+                ctx.like,
+                ctx.weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                zeros,
+                groups,
+                (True, False, False),
+            )[0]
+        return torch.convolution(
+            v, ctx.weight, None, stride, padding, dilation, False, zeros, groups
+        )
 
 
 def _batch_norm(

@@ -10,13 +10,12 @@ from fmce_ops.reverse.linear import TRIVIAL, is_linear, is_plain, linear_step
 
 
 def shortcut(
-    module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor, tolerance: float
+    module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The answer that is known without a search, or None.
 
-    Linear maps are answered to the precision of the data type, with damping too. Closed forms and
-    chains know no damping; a chain goes from its last link to the first, is solved no more
-    precisely than ``tolerance`` asks for, and may fall short of the target.
+    Linear maps are answered to the precision of the data type, with damping too; closed forms know
+    no damping.
 
     Returns
     -------
@@ -24,19 +23,34 @@ def shortcut(
     """
     if is_linear(module):
         return _linear(module, target, x0, damping, _precision(x0))
+    inverse = inverse_of(module)
+    if inverse is None or damping.any():
+        return None
+    return inverse(module, target, x0), torch.zeros_like(damping, dtype=torch.long)
+
+
+def chain(
+    module: nn.Module, target: Tensor, x0: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor] | None:
+    """A Sequential backwards, from its last link to its first, or None where a link has no answer.
+
+    It needs no derivative and so gets past dead units and far targets, but takes the smallest
+    change of every link instead of the whole, and may fall short of the target.
+    """
     links = list(_links(module))
-    if damping.any() or not all(is_linear(link) or inverse_of(link) for link in links):
+    if len(links) < 2 or not all(is_linear(link) or inverse_of(link) for link in links):
         return None
     inputs = [x0]
     for link in links[:-1]:
         inputs.append(link(inputs[-1].clone()))
-    count = torch.zeros_like(damping, dtype=torch.long)
+    none = x0.new_zeros(len(x0), dtype=torch.float64)
+    count = none.long()
     for link, own in zip(reversed(links), reversed(inputs), strict=True):
         inverse = inverse_of(link)
         if inverse:
             target = inverse(link, target, own)
         else:
-            target, spent = _linear(link, target, own, damping, tolerance / 10)
+            target, spent = _linear(link, target, own, none, tolerance / 10)
             count += spent
     return target, count
 
