@@ -169,7 +169,8 @@ def _reverse_slice(settings: Settings, module: nn.Module, target: Tensor, x0: Te
     y = module(x0.clone())
     check_output(module, y, target)
     gap, size = norms(target - y), torch.maximum(norms(y), norms(target))
-    rows = (~(gap <= _ROUNDING * torch.finfo(x0.dtype).eps * size)).nonzero()[:, 0]
+    same = gap.isfinite() & (gap <= _ROUNDING * torch.finfo(x0.dtype).eps * size)
+    rows = (~same).nonzero()[:, 0]
     if not len(rows):
         return _untouched(x0)
     return _filled(x0, rows, _answer(settings, module, target[rows], x0[rows], gap[rows]))
