@@ -11,6 +11,8 @@ from scipy.optimize import minimize
 from torch import nn
 from torchvision import models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_nearest_logits_by_hand():
     logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [0.0, 5.0, 0.0]])

@@ -6,6 +6,8 @@ from fmce_ops.reverse import Status, reverse
 from fmce_ops.reverse.engine import Settings, reverse_with
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORMS = {
     "relu": (nn.ReLU(inplace=True), (5,)),
     "leaky": (nn.LeakyReLU(0.1), (5,)),

@@ -8,6 +8,8 @@ import torch
 from fmce_ops.reverse import Status, reverse
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOAL = {torch.float32: 1e-5, torch.float64: 1e-10}
 LINEAR = {
     "wide": (nn.Linear(20, 10), (20,)),
