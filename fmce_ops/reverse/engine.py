@@ -145,10 +145,9 @@ def _reverse_changed(
     return _filled(x0, rows, reverse_with(settings, module, target[rows], x0[rows]))
 
 
-def _untouched(x0: Tensor, status: Status = Status.UNCHANGED) -> Reversal:
+def _untouched(x0: Tensor) -> Reversal:
     zeros = x0.new_zeros(len(x0))
-    residual = zeros + float(status != Status.UNCHANGED)
-    return Reversal(x0.clone(), residual, zeros, zeros.long(), zeros.long() + int(status))
+    return Reversal(x0.clone(), zeros, zeros.clone(), zeros.long(), zeros.long())
 
 
 def _filled(x0: Tensor, rows: Tensor, part: Reversal) -> Reversal:
@@ -252,7 +251,7 @@ def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor)
     again = taken[search.distance[taken] > problem.goal[taken]]
     if len(again):
         second = Search(*(values[again] for values in vars(search).values()))
-        second.iterations.zero_(), second.stationary.zero_()
+        second.iterations.zero_()
         gauss_newton(problem.take(again), second, settings.max_iterations)
         second.iterations += search.iterations[again]
         for name, values in vars(search).items():
