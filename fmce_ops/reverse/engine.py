@@ -231,9 +231,11 @@ def _start(settings: Settings, problem: Problem, gap: Tensor) -> Search:
     none = torch.zeros_like(gap, dtype=torch.long)
     search = Search(x0.clone(), gap.clone(), none, none.bool())
     known = shortcut(module, problem.target, x0, problem.damping) if settings.shortcuts else None
+    if known and is_linear(module):  # there is nothing better, good or bad
+        distance = norms(problem.target - module(known[0].clone()))
+        return Search(known[0], distance, known[1], ~none.bool())
     if known:
         _take(problem, search, torch.arange(len(x0), device=x0.device), known)
-        search.stationary |= search.distance.isfinite() & is_linear(module)
     return search
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmce_ops.reverse.circulant import Twin, preconditioned, twin_of
 from fmce_ops.reverse.products import Linearised
 from fmce_ops.reverse.solver import least_squares, norms, spread
 
@@ -28,8 +29,8 @@ _LINEAR = {
     nn.AdaptiveAvgPool3d,
 }
 _FACTORED = 512  # least side up to which a matrix is factored; above, products are cheaper
-_ROUNDS = 8
-_ITERATIONS = 500  # of the solver in one round
+_ROUNDS = 4
+_ITERATIONS = 300  # of the solver in one round
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -117,31 +118,53 @@ def _factored(module: Any, x0: Tensor, difference: Tensor, damping: Tensor) -> T
 def _refined(
     module: nn.Module, x0: Tensor, difference: Tensor, damping: Tensor, precision: float
 ) -> tuple[Tensor, Tensor]:
-    """Solves in the input's own type, residuals between the solves in float64."""
+    """Solves in the input's own type, residuals between them in float64 where no twin helps."""
     cheap = Linearised(module, x0)
-    own = x0.dtype == torch.float64
-    exact = cheap if own else Linearised(copy.deepcopy(module).double(), x0.double())
-    wide, shift = difference.double(), spread(damping, difference.double()).square()
-    step = torch.zeros_like(x0, dtype=torch.float64)
-    count = torch.zeros_like(damping, dtype=torch.long)
-    live = torch.ones_like(count, dtype=torch.bool)
+    twin = twin_of(module, x0, difference, bool((damping > 0).all()))
+    exact = cheap if twin or x0.dtype == torch.float64 else _widened(module, x0)
     tolerance = max(precision, torch.finfo(x0.dtype).eps ** 0.5)
-    for _ in range(_ROUNDS if tolerance > precision else 1):
-        rest = wide - exact.push(step)
-        gradient = exact.pull(rest) - shift.reshape_as(spread(damping, step)) * step
-        gradient = gradient * spread(live, gradient)
-        scale = norms(gradient).clamp(min=torch.finfo(torch.float64).tiny)
-        found = least_squares(
-            cheap,
-            (gradient / spread(scale, gradient)).to(x0.dtype),
-            norms(rest) / scale,
-            damping,
-            tolerance,
-            _ITERATIONS,
-        )
-        correction = found.step * spread(scale, step)
-        step, count = step + correction, count + found.iterations
-        live = live & (norms(correction) > precision * norms(step))
+    wide, shift = difference.double(), damping.double().square()
+    step = torch.zeros_like(x0, dtype=torch.float64)
+    dual = torch.zeros_like(wide)
+    count = torch.zeros_like(damping, dtype=torch.long)
+    live, last = torch.ones_like(count, dtype=torch.bool), torch.full_like(damping, torch.inf)
+    for _ in range(_ROUNDS):
+        rest = (wide - exact.push(step.to(exact.dtype))) * spread(live, wide)
+        if twin and twin.wide:
+            rest = rest - spread(shift * live, wide) * dual
+            more, spent = _eased(cheap, twin, rest, shift, tolerance)
+            dual, correction = dual + more, exact.pull(more.to(exact.dtype))
+        else:
+            gradient = exact.pull(rest.to(exact.dtype)) - spread(shift * live, step) * step
+            if twin:
+                correction, spent = _eased(cheap, twin, gradient, shift, tolerance)
+            else:
+                correction, spent = _scaled(cheap, gradient, rest, damping, tolerance)
+        step, count, size = step + correction, count + spent, norms(correction)
+        live = live & (tolerance * size > precision * norms(step)) & (size < last / 2)
+        last = size
         if not live.any():
             break
     return step, count
+
+
+def _widened(module: nn.Module, x0: Tensor) -> Linearised:
+    return Linearised(copy.deepcopy(module).double(), x0.double())
+
+
+def _eased(
+    cheap: Linearised, twin: Twin, goal: Tensor, shift: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    scale = norms(goal).clamp(min=torch.finfo(torch.float64).tiny)
+    unit = (goal / spread(scale, goal)).to(cheap.dtype)
+    found, spent = preconditioned(cheap, twin, unit, shift, tolerance, _ITERATIONS)
+    return found * spread(scale, goal), spent
+
+
+def _scaled(
+    cheap: Linearised, gradient: Tensor, rest: Tensor, damping: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    scale = norms(gradient).clamp(min=torch.finfo(torch.float64).tiny)
+    unit = (gradient / spread(scale, gradient)).to(cheap.dtype)
+    found = least_squares(cheap, unit, norms(rest) / scale, damping, tolerance, _ITERATIONS)
+    return found.step * spread(scale, gradient), found.iterations

@@ -109,6 +109,11 @@ class Linearised:
         self._y, self.output = y, replace(made, value=made.value.detach())
         self._seed: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors that it multiplies."""
+        return self._x.dtype
+
     def take(self, rows: Tensor) -> "Linearised":
         """The same for some of the samples."""
         target = None if self._target is None else self._target[rows]
