@@ -29,6 +29,10 @@ class ModelError(FmceError):
     """A network, checkpoint or model folder is missing, damaged or does not fit."""
 
 
+class ReverseError(FmceError):
+    """A module cannot be reversed, or its input, target or labels do not fit it."""
+
+
 class TrackingError(FmceError):
     """The tracking store does not hold what was asked of it, or cannot be reached."""
 

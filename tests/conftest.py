@@ -36,3 +36,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data sets: set FMCE_TEST_DATA to the folder that holds MNIST/raw etc.")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny operations, where threads cost more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

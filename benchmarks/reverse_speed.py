@@ -1,0 +1,190 @@
+"""How long a reverse step takes, as ratios to other ways and to the forward pass.
+
+python benchmarks/reverse_speed.py            # prints the table
+python benchmarks/reverse_speed.py --write    # and keeps it in benchmarks/reverse_speed.md
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from fmce_ops.reverse import Status, reverse
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import LinearOperator, lsmr
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import models
+
+BATCH = 16
+CHANNELS = (32, 16)  # wide, so that every target is reached
+TOLERANCE = 1e-6  # of lsmr; the engine solves float32 maps to about that
+DENSE = 2**28  # elements of the explicit matrix that still fit
+SPARSE = 2**27  # of the sparse one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="keep the table in reverse_speed.md")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    text = report(options.repetitions)
+    print(text)
+    if options.write:
+        Path(__file__).with_suffix(".md").write_text(text)
+
+
+def report(repetitions: int) -> str:
+    """Markdown with every figure."""
+    lines = [
+        "# Reverse steps: speed",
+        "",
+        f"{hardware()}. Median of {repetitions} repetitions after one that warms up, all sides in "
+        "turn. Made with `python benchmarks/reverse_speed.py --write`.",
+        "",
+        f"One 3x3 convolution, {CHANNELS[0]} to {CHANNELS[1]} channels, padding 1, float32, batch "
+        f"{BATCH}; milliseconds for a sample. lsmr solves sample by sample with atol = btol = "
+        f"{TOLERANCE:g}: on a CSR matrix, whose making is not counted, and on a LinearOperator "
+        "around `F.conv2d`. `torch.linalg.lstsq` gets the explicit matrix and all samples.",
+        "",
+        "| px | reverse | lsmr, CSR | lsmr, operator | lstsq | to CSR | to operator | to lstsq "
+        "| distance, reverse / lsmr | goal, to CSR |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(convolution_row(size, repetitions) for size in (16, 64, 128, 256)),
+        "",
+        "A stage of ResNet-18, random weights, default settings, batch 8, a target that asks "
+        "all samples for a change of every channel:",
+        "",
+        "| stage | px | forward, ms | reverse, ms | forward passes | goal | residual | status |",
+        "|---|---|---|---|---|---|---|---|",
+        *(stage_row(name, repetitions) for name in ("layer3", "layer4")),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def hardware() -> str:
+    """One line on what the figures were taken with."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return (
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} used, {name}, torch {torch.__version__}"
+    )
+
+
+def convolution_row(size: int, repetitions: int) -> str:
+    """One convolution, all ways."""
+    module = nn.Conv2d(*CHANNELS, 3, padding=1)
+    x0 = torch.randn(BATCH, CHANNELS[0], size, size)
+    with torch.no_grad():
+        target = module(x0) + torch.randn(BATCH, CHANNELS[1], size, size)
+        missing = (target - module(x0)).double()
+    ways: dict[str, Callable[[], object]] = {
+        "reverse": lambda: reverse(module, target, x0),
+        "operator": lambda: solve(operator(module, size), missing[0]),
+    }
+    if CHANNELS[0] * CHANNELS[1] * 9 * size**2 <= SPARSE:
+        matrix = sparse_matrix(module, size)
+        ways["csr"] = lambda: solve(matrix, missing[0])
+        if np.prod(matrix.shape) <= DENSE:
+            dense = torch.from_numpy(matrix.toarray()).float()
+            columns = missing.flatten(1).T.float()
+            ways["lstsq"] = lambda: torch.linalg.lstsq(dense, columns, driver="gels")
+    samples = {"reverse": BATCH, "lstsq": BATCH}
+    spent = {name: seconds(way, repetitions) / samples.get(name, 1) for name, way in ways.items()}
+    ratios = {name: spent[name] / spent["reverse"] for name in ways}
+    ours = (reverse(module, target, x0).x[0] - x0[0]).norm().item()
+    theirs = np.linalg.norm(solve(operator(module, size), missing[0]))
+    goal = "" if size != 64 else f">= 20: {'met' if ratios['csr'] >= 20 else '**missed**'}"
+    names = ("reverse", "csr", "operator", "lstsq")
+    cells = [f"{spent[name] * 1e3:.1f}" if name in spent else "too large" for name in names]
+    cells += [f"{ratios[name]:.1f}" if name in spent else "" for name in names[1:]]
+    return f"| {size} | {' | '.join(cells)} | {ours / theirs:.6f} | {goal} |"
+
+
+def sparse_matrix(module: nn.Conv2d, size: int) -> csr_matrix:
+    """The convolution as a matrix."""
+    ins, outs = CHANNELS
+    i, j = np.mgrid[:size, :size]
+    rows, columns, values = [], [], []
+    for o, c, u, v in np.ndindex(outs, ins, 3, 3):
+        y, x = i + u - 1, j + v - 1
+        inside = (y >= 0) & (y < size) & (x >= 0) & (x < size)
+        rows.append((o * size * size + i * size + j)[inside])
+        columns.append((c * size * size + y * size + x)[inside])
+        values.append(np.full(inside.sum(), module.weight[o, c, u, v].item()))
+    shape = (outs * size * size, ins * size * size)
+    parts = map(np.concatenate, (values, rows, columns))
+    value, row, column = parts
+    return csr_matrix((value, (row, column)), shape)
+
+
+def operator(module: nn.Conv2d, size: int) -> LinearOperator:
+    """The convolution as two functions, in float32 as fast as PyTorch has it."""
+    weight = module.weight.detach()
+
+    def product(v: np.ndarray) -> np.ndarray:
+        image = torch.from_numpy(v).float().view(1, -1, size, size)
+        return F.conv2d(image, weight, padding=1).numpy().ravel()
+
+    def adjoint(u: np.ndarray) -> np.ndarray:
+        image = torch.from_numpy(u).float().view(1, -1, size, size)
+        return F.conv_transpose2d(image, weight, padding=1).numpy().ravel()
+
+    outs, ins = CHANNELS[1], CHANNELS[0]
+    shape = (outs * size * size, ins * size * size)
+    return LinearOperator(shape, product, adjoint, dtype=np.float64)
+
+
+def solve(a: csr_matrix | LinearOperator, missing: Tensor) -> np.ndarray:
+    return lsmr(a, missing.numpy().ravel(), atol=TOLERANCE, btol=TOLERANCE, maxiter=2000)[0]
+
+
+def stage_row(name: str, repetitions: int) -> str:
+    """A stage's reverse in units of its forward pass."""
+    network = models.resnet18()
+    stage, channels, size = {
+        "layer3": (network.layer3, 128, 28),
+        "layer4": (network.layer4, 256, 14),
+    }[name]
+    x0 = torch.randn(8, channels, size, size).relu()
+    with torch.no_grad():
+        stage.train()(x0)
+        output = stage.eval()(x0)
+        shift = torch.randn(8, output.shape[1], 1, 1)
+        target = (output + 0.2 * output.std() * shift).clamp(min=0)
+
+        def forward() -> object:
+            return stage(x0)
+
+        there = seconds(forward, 2 * repetitions + 1)
+    back = seconds(lambda: reverse(stage, target, x0), repetitions)
+    result = reverse(stage, target, x0)
+    verdict = "met" if back / there <= 40 else "**missed**"
+    statuses = ", ".join(sorted({Status(s).name for s in result.status.tolist()}))
+    return (
+        f"| {name} | {size} | {there * 1e3:.0f} | {back * 1e3:.0f} | {back / there:.1f} | "
+        f"<= 40: {verdict} | {result.residual.median():.3f} | {statuses} |"
+    )
+
+
+def seconds(work: Callable[[], object], repetitions: int) -> float:
+    """Median after one round that warms up."""
+    return statistics.median([timed(work) for _ in range(repetitions + 1)][1:])
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The reverse step of a module, and of a network module by module."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fmce_ops.errors import ReverseError
+from fmce_ops.reverse.checks import check_module, check_output, check_settings, check_tensors
+from fmce_ops.reverse.linear import is_linear
+from fmce_ops.reverse.newton import Problem, Search, gauss_newton
+from fmce_ops.reverse.products import frozen
+from fmce_ops.reverse.result import Propagation, Reversal, Status
+from fmce_ops.reverse.shortcuts import chain, shortcut
+from fmce_ops.reverse.solver import each, norms
+
+_SLICE = 2**22  # elements of inputs and targets that are worked on at a time
+_ROUNDING = 32  # outputs that differ by so many units in the last place are the same
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How far a reverse step may go."""
+
+    damping: float
+    max_iterations: int
+    tolerance: float
+    max_change: float
+    shortcuts: bool = True
+
+
+def reverse(
+    module: nn.Module,
+    target: Tensor,
+    x0: Tensor,
+    *,
+    damping: float = 0.0,
+    max_iterations: int = 12,
+    tolerance: float = 1e-3,
+    max_change: float = 10.0,
+) -> Reversal:
+    """The smallest change of ``x0`` that brings the module's output to ``target``.
+
+    x = x0 + argmin_d |f(x0 + d) - t|^2 + damping^2 |d|^2, of least norm (feature-level reverse
+    propagation, arXiv 2506.07188). Linear maps, common activations, pooling, normalisation and
+    Sequentials of these have closed forms or direct solves; everything else is answered by damped
+    Gauss-Newton, which finds the nearest point downhill of x0 and no farther one.
+
+    Parameters
+    ----------
+    module : differentiable, one tensor to one tensor, each sample by itself. It is run in eval
+        mode; its mode and its parameters are as before afterwards.
+    target : (N, ...) of the output's shape, finite.
+    x0 : (N, ...) the input of the forward pass, float32 or float64.
+    damping : Tikhonov weight of the change, in units of output per input.
+    max_iterations : of the least-squares solver inside Gauss-Newton, for each sample; one costs
+        about two forward passes. Linear maps take what they need.
+    tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
+        precision of the data type whatever it is.
+    max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one.
+
+    Raises
+    ------
+    ReverseError
+        The module returns several tensors, changes the number of samples, ties them together or is
+        not differentiable; shapes do not fit, settings are out of range, inputs are not finite.
+
+    Examples
+    --------
+    >>> half = nn.Linear(2, 1, bias=False)
+    >>> half.weight.data = torch.tensor([[1.0, 1.0]])
+    >>> reverse(half, torch.tensor([[2.0]]), torch.zeros(1, 2)).x
+    tensor([[1., 1.]])
+    """
+    settings = Settings(damping, max_iterations, tolerance, max_change)
+    return reverse_with(settings, module, target, x0)
+
+
+def reverse_with(settings: Settings, module: nn.Module, target: Tensor, x0: Tensor) -> Reversal:
+    """`reverse`; with ``settings.shortcuts`` off the search answers for every module."""
+    check_settings(
+        settings.damping, settings.max_iterations, settings.tolerance, settings.max_change
+    )
+    check_tensors(module, target, x0)
+    check_module(module)
+    size = max(1, _SLICE // max(1, x0[:1].numel() + target[:1].numel()))
+    with torch.inference_mode(False), torch.no_grad(), frozen(module):
+        pieces = zip(target.clone().split(size), x0.clone().split(size), strict=True)
+        return _joined([_reverse_slice(settings, module, *piece) for piece in pieces])
+
+
+def propagate(
+    modules: Sequence[nn.Module],
+    target: Tensor,
+    activations: Sequence[Tensor],
+    *,
+    damping: float = 0.0,
+    max_iterations: int = 12,
+    tolerance: float = 1e-3,
+    max_change: float = 10.0,
+) -> Propagation:
+    """Targets at every boundary of a network, from its output back to its input.
+
+    The reverse step of module n brings its output to ``target``, and what it answers is the target
+    of module n-1 (arXiv 2506.07188). A sample whose target equals its own activation is done: no
+    module in front of it is run for it.
+
+    Parameters
+    ----------
+    modules : n modules that make up the network in this order.
+    target : (N, K) targets of the last output, for example from `nearest_logits`.
+    activations : n tensors (N, ...): the input of each module in the forward pass.
+    damping, max_iterations, tolerance, max_change : of every reverse step, see `reverse`.
+
+    Raises
+    ------
+    ReverseError
+        As `reverse`, or if there is not one activation for each module.
+    """
+    if not modules or len(modules) != len(activations):
+        raise ReverseError(
+            f"there are {len(modules)} modules and {len(activations)} activations: "
+            "give the input of each module."
+        )
+    settings = Settings(damping, max_iterations, tolerance, max_change)
+    targets, results = [target], list[Reversal]()
+    outputs = [*activations[1:], None]
+    for module, x0, output in zip(*map(reversed, (modules, activations, outputs)), strict=True):
+        results.append(_reverse_changed(settings, module, targets[-1], x0, output))
+        targets.append(results[-1].x)
+    return Propagation(tuple(reversed(targets)), tuple(reversed(results)))
+
+
+def _reverse_changed(
+    settings: Settings, module: nn.Module, target: Tensor, x0: Tensor, output: Tensor | None
+) -> Reversal:
+    """The reverse step of the samples whose target is not their output, where that is known."""
+    if output is None or output.shape != target.shape:
+        return reverse_with(settings, module, target, x0)
+    check_tensors(module, target, x0)
+    rows = (target != output).flatten(1).any(1).nonzero()[:, 0]
+    if not len(rows):
+        return _untouched(x0)
+    return _filled(x0, rows, reverse_with(settings, module, target[rows], x0[rows]))
+
+
+def _untouched(x0: Tensor) -> Reversal:
+    zeros = x0.new_zeros(len(x0))
+    return Reversal(x0.clone(), zeros, zeros.clone(), zeros.long(), zeros.long())
+
+
+def _filled(x0: Tensor, rows: Tensor, part: Reversal) -> Reversal:
+    whole = _untouched(x0)
+    for name, column in vars(whole).items():
+        column[rows] = getattr(part, name)
+    return whole
+
+
+def _joined(parts: list[Reversal]) -> Reversal:
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Reversal(*map(torch.cat, columns))
+
+
+def _reverse_slice(settings: Settings, module: nn.Module, target: Tensor, x0: Tensor) -> Reversal:
+    if not len(x0):
+        return _untouched(x0)
+    y = module(x0.clone())
+    check_output(module, y, target)
+    gap, size = norms(target - y), torch.maximum(norms(y), norms(target))
+    same = gap.isfinite() & (gap <= _ROUNDING * torch.finfo(x0.dtype).eps * size)
+    rows = (~same).nonzero()[:, 0]
+    if not len(rows):
+        return _untouched(x0)
+    return _filled(x0, rows, _answer(settings, module, target[rows], x0[rows], gap[rows]))
+
+
+def _answer(
+    settings: Settings, module: nn.Module, target: Tensor, x0: Tensor, gap: Tensor
+) -> Reversal:
+    """What the search finds; where that breaks a bound, what damping finds; else x0."""
+    size = norms(x0)
+    size = torch.where(size > 0, size, 1)
+    problem = Problem(
+        module, target, x0, torch.full_like(gap, settings.damping), gap * settings.tolerance
+    )
+    found = _search(settings, problem, gap, size)
+    broken = (found.status == Status.KEPT).nonzero()[:, 0]
+    if len(broken) and gap[broken].isfinite().any():
+        # For a linear map |d| <= |r| / (2 damping), so this damping keeps the bound.
+        heavy = (gap / (2 * settings.max_change * size)).nan_to_num(posinf=1.0)
+        part = replace(problem, damping=torch.maximum(problem.damping, heavy)).take(broken)
+        second = _search(settings, part, gap[broken], size[broken])
+        second.status[second.status != Status.KEPT] = Status.DAMPED
+        for name, column in vars(found).items():
+            column[broken] = getattr(second, name)
+    return found
+
+
+def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> Reversal:
+    """The shortcut's answer if there is one, and what Newton makes of it; KEPT beyond the bounds.
+
+    Parameters
+    ----------
+    gap, size : (n,) |f(x0) - t| and |x0|.
+    """
+    search = _start(settings, problem, gap)
+    if not search.stationary.all():
+        gauss_newton(problem, search, settings.max_iterations)
+        if settings.shortcuts:
+            _chained(settings, problem, search, size)
+    status = torch.full_like(search.iterations, Status.UNFINISHED)
+    status[search.stationary] = Status.NEAREST
+    status[search.distance <= problem.goal] = Status.REACHED
+    change = norms(search.x - problem.x0) / size
+    sound = (search.distance <= gap) & gap.isfinite() & (change <= settings.max_change)
+    status[~sound] = Status.KEPT
+    x = search.x.where(each(sound, search.x), problem.x0)
+    return Reversal(
+        x,
+        torch.where(sound, search.distance / gap, 1).to(x.dtype),
+        torch.where(sound, change, 0).to(x.dtype),
+        search.iterations,
+        status,
+    )
+
+
+def _start(settings: Settings, problem: Problem, gap: Tensor) -> Search:
+    """The shortcut's answer where there is one, else x0."""
+    module, x0 = problem.module, problem.x0
+    none = torch.zeros_like(gap, dtype=torch.long)
+    search = Search(x0.clone(), gap.clone(), none, none.bool())
+    known = shortcut(module, problem.target, x0, problem.damping) if settings.shortcuts else None
+    if known and is_linear(module):  # there is nothing better, good or bad
+        distance = norms(problem.target - module(known[0].clone()))
+        return Search(known[0], distance, known[1], ~none.bool())
+    if known:
+        _take(problem, search, torch.arange(len(x0), device=x0.device), known)
+    return search
+
+
+def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor) -> None:
+    """Samples that the search did not bring to the target get the chain's start, and go on."""
+    rows = (search.distance > problem.goal).nonzero()[:, 0]
+    if not len(rows) or problem.damping.any():
+        return
+    part = problem.take(rows)
+    known = chain(part.module, part.target, part.x0, settings.tolerance)
+    if known is None:
+        return
+    within = norms(known[0] - part.x0) <= settings.max_change * size[rows]
+    taken = _take(problem, search, rows[within], (known[0][within], known[1][within]))
+    again = taken[search.distance[taken] > problem.goal[taken]]
+    if len(again):
+        second = Search(*(values[again] for values in vars(search).values()))
+        second.iterations.zero_()
+        gauss_newton(problem.take(again), second, settings.max_iterations)
+        second.iterations += search.iterations[again]
+        for name, values in vars(search).items():
+            values[again] = getattr(second, name)
+
+
+def _take(problem: Problem, search: Search, rows: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
+    """Put what is known about ``rows`` into the search where it is nearer; returns those rows."""
+    x, spent = known
+    search.iterations[rows] += spent
+    if not len(rows):
+        return rows
+    distance = norms(problem.target[rows] - problem.module(x.clone()))
+    better = distance < search.distance[rows]
+    taken = rows[better]
+    search.x[taken], search.distance[taken] = x[better], distance[better]
+    return taken

@@ -1,0 +1,90 @@
+"""Answers without a search: linear maps, closed forms, and chains of both."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fmce_ops.reverse.inverses import inverse_of
+from fmce_ops.reverse.linear import TRIVIAL, is_linear, is_plain, linear_step
+
+
+def shortcut(
+    module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The answer that is known without a search, or None.
+
+    Linear maps are answered to the precision of the data type, with damping too; closed forms know
+    no damping.
+
+    Returns
+    -------
+    x (n, ...) and the iterations of the solver (n,).
+    """
+    if is_linear(module):
+        return _linear(module, target, x0, damping, _precision(x0))
+    inverse = inverse_of(module)
+    if inverse is None or damping.any():
+        return None
+    return inverse(module, target, x0), torch.zeros_like(damping, dtype=torch.long)
+
+
+def chain(
+    module: nn.Module, target: Tensor, x0: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor] | None:
+    """A Sequential backwards, from its last link to its first, or None where a link has no answer.
+
+    It needs no derivative and so gets past dead units and far targets, but takes the smallest
+    change of every link instead of the whole, and may fall short of the target.
+    """
+    links = list(_links(module))
+    if len(links) < 2 or not all(is_linear(link) or inverse_of(link) for link in links):
+        return None
+    inputs = [x0]
+    for link in links[:-1]:
+        inputs.append(link(inputs[-1].clone()))
+    none = x0.new_zeros(len(x0), dtype=torch.float64)
+    count = none.long()
+    for link, own in zip(reversed(links), reversed(inputs), strict=True):
+        inverse = inverse_of(link)
+        if inverse:
+            target = inverse(link, target, own)
+        else:
+            target, spent = _linear(link, target, own, none, tolerance / 10)
+            count += spent
+    return target, count
+
+
+def _precision(x0: Tensor) -> float:
+    return 8 * torch.finfo(x0.dtype).eps ** (1.0 if x0.dtype == torch.float32 else 0.8)
+
+
+def _linear(
+    module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor, precision: float
+) -> tuple[Tensor, Tensor]:
+    difference = target.double() - module(x0.clone()).double()
+    step, count = linear_step(module, x0, difference, damping, precision)
+    return (x0 + step).to(x0.dtype), count
+
+
+def _links(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of nested Sequentials, neighbouring linear ones as one map."""
+    run: list[nn.Module] = []
+    for part in _parts(module):
+        if is_linear(part):
+            run += [part] if type(part) not in TRIVIAL or type(part) is nn.Flatten else []
+            continue
+        if run:
+            yield nn.Sequential(*run) if len(run) > 1 else run[0]
+            run = []
+        yield part
+    if run:
+        yield nn.Sequential(*run) if len(run) > 1 else run[0]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    if type(module) is nn.Sequential and is_plain(module):
+        for child in module:
+            yield from _parts(child)
+    else:
+        yield module

@@ -1,0 +1,228 @@
+"""The reverse step: nearest logits, any module, bounds, errors, whole networks."""
+
+import numpy as np
+import pytest
+import torch
+from fmce_ops.errors import ReverseError
+from fmce_ops.reverse import Status, nearest_logits, propagate, reverse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from torch import nn
+from torchvision import models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_nearest_logits_by_hand():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [0.0, 5.0, 0.0]])
+    nearest = nearest_logits(logits, torch.tensor([0, 2, 1]))
+    assert nearest.tolist() == [[2.0, 2.0, 2.0], [1.0, 2.0, 3.0], [0.0, 5.0, 0.0]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), classes=st.integers(2, 6), margin=st.floats(0, 3))
+def test_nearest_logits_equal_a_general_optimiser(seed, classes, margin):
+    draw = np.random.default_rng(seed)
+    logits, label = draw.normal(size=classes), int(draw.integers(classes))
+    others = [j for j in range(classes) if j != label]
+    rows = np.eye(classes)[label] - np.eye(classes)[others]
+    constraint = {"type": "ineq", "fun": lambda z: rows @ z - margin, "jac": lambda z: rows}
+    start = logits + (np.arange(classes) == label) * 10
+    found = minimize(
+        lambda z: ((z - logits) ** 2).sum(), start, jac=lambda z: 2 * (z - logits),
+        constraints=[constraint], method="SLSQP", options={"ftol": 1e-14, "maxiter": 500},
+    )  # fmt: skip
+    nearest = nearest_logits(torch.tensor(logits)[None], torch.tensor([label]), margin)[0].numpy()
+    assert (rows @ nearest >= margin - 1e-12).all()
+    np.testing.assert_allclose(nearest, found.x, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "margin", "says"),
+    [
+        (torch.zeros(2, 3), torch.tensor([0, 3]), 0.0, "run from 0 to 3"),
+        (torch.zeros(2, 3), torch.tensor([0, -1]), 0.0, "run from -1"),
+        (torch.zeros(2, 3), torch.tensor([0]), 0.0, "one integer for each"),
+        (torch.zeros(3), torch.tensor([0]), 0.0, "give \\(N, K\\)"),
+        (torch.full((1, 2), torch.nan), torch.tensor([0]), 0.0, "NaN or Inf"),
+        (torch.zeros(1, 2), torch.tensor([0]), -1.0, "margin"),
+    ],
+)
+def test_nearest_logits_refuse(logits, labels, margin, says):
+    with pytest.raises(ReverseError, match=says):
+        nearest_logits(logits, labels, margin)
+
+
+class Attention(nn.Module):
+    """Fused attention has no second derivative; the engine has to get around that."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)[:, None].chunk(3, dim=-1)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+def blocks():
+    torch.manual_seed(5)
+    return {
+        "residual": (models.resnet.BasicBlock(8, 8), (8, 6, 6)),
+        "inverted": (models.mobilenetv2.InvertedResidual(8, 8, 1, 4), (8, 6, 6)),
+        "attention": (Attention(), (5, 8)),
+        "encoder": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (5, 8)),
+        "perceptron": (nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 5)), (12,)),
+        "tanh": (nn.Sequential(nn.Linear(8, 4), nn.Tanh()), (8,)),
+    }
+
+
+@pytest.mark.parametrize("name", blocks())
+def test_any_module_reaches_what_it_can_reach(name):
+    module, shape = blocks()[name]
+    module.eval()
+    x0 = torch.randn(3, *shape)
+    target = module(x0 + 0.2 * torch.randn_like(x0)).detach()
+    result = reverse(module, target, x0, max_iterations=300)
+    residual = (module(result.x) - target).flatten(1).norm(dim=1)
+    residual = residual / (module(x0) - target).flatten(1).norm(dim=1)
+    assert torch.allclose(residual, result.residual, atol=1e-4)
+    assert result.residual.max() <= 1e-3 and (result.status == Status.REACHED).all()
+    moved = 0.2 * torch.ones(()) * 1.5  # the change that is known to do is about 0.2
+    assert result.change.max() < moved
+
+
+def test_the_change_is_the_smallest_that_a_general_optimiser_finds():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2)).double()
+    x0 = torch.randn(1, 6).double()
+    target = module(x0 + 0.3 * torch.randn(1, 6)).detach()
+
+    def gap(x):
+        return (module(torch.tensor(x)[None]) - target)[0].detach().numpy()
+
+    found = minimize(
+        lambda x: ((x - x0[0].numpy()) ** 2).sum(), x0[0].numpy(), method="SLSQP",
+        constraints={"type": "eq", "fun": gap}, options={"ftol": 1e-12, "maxiter": 300},
+    )  # fmt: skip
+    result = reverse(module, target, x0, tolerance=1e-6, max_iterations=100)
+    ours, theirs = (result.x - x0).norm().item(), np.linalg.norm(found.x - x0[0].numpy())
+    assert theirs * 0.999 <= ours <= theirs * 1.05
+
+
+def test_a_dead_unit_is_woken():
+    module = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+    module[0].bias.data.fill_(-3)
+    x0 = torch.randn(2, 4) * 0.1
+    result = reverse(module, torch.ones(2, 2), x0, max_change=1000)
+    assert (module(x0) == 0).all() and (result.status == Status.REACHED).all()
+
+
+def test_samples_that_need_nothing_are_not_solved_for():
+    seen = []
+
+    class Watched(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.sin() + x
+
+    x0 = torch.randn(10, 3)
+    target = Watched()(x0)
+    target[4] += 0.3
+    seen.clear()
+    result = reverse(Watched(), target, x0)
+    assert seen[0] == 10 and set(seen[1:]) == {1}
+    assert result.status.tolist() == [0] * 4 + [Status.REACHED] + [0] * 5
+    others = result.status == Status.UNCHANGED
+    assert torch.equal(result.x[others], x0[others]) and not result.residual[others].any()
+
+
+def test_the_module_comes_back_as_it_was():
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Tanh())
+    module[1].eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    x0 = torch.randn(2, 2, 5, 5)
+    kept = x0.clone()
+    reverse(module, torch.rand(2, 3, 3, 3), x0)
+    assert [part.training for part in module] == [True, False, True, True]
+    assert module[2].inplace and all(p.requires_grad for p in module.parameters())
+    assert all(p.grad is None for p in module.parameters()) and torch.equal(x0, kept)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_slices_change_nothing(monkeypatch):
+    module, x0 = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(7, 4)
+    target = torch.rand(7, 3)
+    whole = reverse(module, target, x0)
+    monkeypatch.setattr("fmce_ops.reverse.engine._SLICE", 14)
+    assert torch.allclose(reverse(module, target, x0).x, whole.x, atol=1e-5)
+
+
+class Bad(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (lambda x: (x, x), "returned a tuple"),
+        (lambda x: x[:1], "made 1 samples of 3"),
+        (lambda x: x[:, :1], "returned \\(3, 1\\)"),
+        (lambda x: x.detach() * 2, "no gradient"),
+    ],
+)
+def test_modules_that_cannot_be_reversed_are_named(forward, says):
+    with pytest.raises(ReverseError, match=f"Bad.*{says}"):
+        reverse(Bad(forward), torch.ones(3, 2) * 9, torch.ones(3, 2))
+
+
+def test_inputs_that_do_not_fit_are_refused_before_anything_runs():
+    module, x = nn.Linear(2, 2), torch.ones(3, 2)
+    for target, x0 in [(x[:2], x), (x.double(), x), (x * torch.nan, x), (x, x / 0), (x, x.half())]:
+        with pytest.raises(ReverseError, match="Linear"):
+            reverse(module, target, x0)
+    with pytest.raises(ReverseError, match="statistics of the batch"):
+        reverse(nn.BatchNorm1d(2, track_running_stats=False), x, x)
+    with pytest.raises(ReverseError, match="tolerance"):
+        reverse(module, x, x, tolerance=0)
+    assert len(reverse(module, x[:0], x[:0]).x) == 0
+
+
+def test_a_module_that_overflows_keeps_its_input():
+    x0 = torch.tensor([[100.0], [1.0]])
+    result = reverse(Bad(torch.exp), torch.full((2, 1), 3.0), x0)
+    assert result.status.tolist() == [Status.KEPT, Status.REACHED]
+    assert result.x[0].item() == 100 and result.residual[0] == 1 and result.x.isfinite().all()
+
+
+def test_targets_of_a_network_are_propagated_to_its_input():
+    torch.manual_seed(0)
+    network = models.resnet18(num_classes=10).eval()
+    head = nn.Sequential(network.avgpool, nn.Flatten(), network.fc)
+    modules = [network.layer3, network.layer4, head]
+    activations, labels = [torch.randn(4, 128, 4, 4).relu()], torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        for module in modules:
+            activations.append(module(activations[-1]))
+    labels[:2] = activations[-1].argmax(1)[:2]
+    target = nearest_logits(activations[-1], labels)
+    found = propagate(modules, target, activations[:-1])
+    assert len(found.targets) == 4 and torch.equal(found.targets[3], target)
+    for own, aim, result in zip(activations, found.targets, found.results, strict=False):
+        assert torch.equal(own[:2], aim[:2]) and (result.status[:2] == Status.UNCHANGED).all()
+        assert torch.equal(result.x, aim) and aim.isfinite().all()
+    assert (found.results[-1].status[2:] == Status.REACHED).all()
+    assert all((result.residual <= 1).all() for result in found.results)
+    with pytest.raises(ReverseError, match="2 activations"):
+        propagate(modules, target, activations[:2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_answers_the_same():
+    module, x0 = nn.Sequential(nn.Conv2d(4, 3, 3), nn.GELU()), torch.randn(3, 4, 6, 6)
+    target = module(x0 + 0.1).detach()
+    here, there = reverse(module, target, x0), reverse(module.cuda(), target.cuda(), x0.cuda())
+    assert torch.allclose(here.change, there.change.cpu(), rtol=1e-2)

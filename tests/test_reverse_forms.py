@@ -1,0 +1,95 @@
+"""Closed forms: equal to the search without shortcuts, and nearest where nothing reaches."""
+
+import pytest
+import torch
+from fmce_ops.reverse import Status, reverse
+from fmce_ops.reverse.engine import Settings, reverse_with
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FORMS = {
+    "relu": (nn.ReLU(inplace=True), (5,)),
+    "leaky": (nn.LeakyReLU(0.1), (5,)),
+    "gelu": (nn.GELU(), (5,)),
+    "gelu tanh": (nn.GELU("tanh"), (5,)),
+    "silu": (nn.SiLU(), (5,)),
+    "sigmoid": (nn.Sigmoid(), (5,)),
+    "softmax": (nn.Softmax(-1), (5,)),
+    "softmax over channels": (nn.Softmax(1), (4, 3)),
+    "layer norm": (nn.LayerNorm(6), (3, 6)),
+    "max pooling": (nn.MaxPool2d(2), (2, 4, 4)),
+    "flatten": (nn.Flatten(), (2, 3)),
+    "dropout": (nn.Dropout(), (4,)),
+    "linear": (nn.Linear(6, 4), (6,)),
+    "convolution": (nn.Conv2d(3, 2, 3, padding=1), (3, 4, 4)),
+    "batch norm": (nn.BatchNorm1d(4), (4,)),
+    "average": (nn.AvgPool2d(2), (2, 4, 4)),
+}
+SEARCH = Settings(0.0, 400, 1e-5, 10.0, shortcuts=False)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_closed_forms_equal_the_search(name):
+    torch.manual_seed(3)
+    module, x0 = FORMS[name][0].double(), torch.randn(4, *FORMS[name][1]).double()
+    target = module.eval()(x0 + 0.2 * torch.randn_like(x0)).detach()
+    form, search = reverse(module, target, x0), reverse_with(SEARCH, module, target, x0)
+    assert form.residual.max() < 1e-3 and search.residual.max() < 1e-3
+    assert (form.change <= search.change * 1.001).all()  # the search follows a curved way
+    assert torch.allclose(form.change, search.change, rtol=0.03 if name != "layer norm" else 0.3)
+
+
+def test_relu_lowers_no_unit_that_rests():
+    x0 = torch.tensor([[-2.0, -1.0, 3.0, 2.0]])
+    result = reverse(nn.ReLU(), torch.tensor([[1.0, -1.0, -1.0, 4.0]]), x0)
+    assert result.x.tolist() == [[1.0, -1.0, 0.0, 4.0]]
+    assert result.status.tolist() == [Status.NEAREST]
+
+
+@pytest.mark.parametrize("module", [nn.GELU(), nn.SiLU()])
+def test_of_two_preimages_the_nearer_one_is_taken(module):
+    x0 = torch.tensor([[-3.0, -0.1]], dtype=torch.float64)
+    target = torch.full_like(x0, -0.1)
+    x = reverse(module, target, x0).x
+    assert torch.allclose(module(x), target)
+    assert x[0, 0] < -1 < x[0, 1]
+
+
+def test_targets_below_the_valley_end_at_its_bottom():
+    x = reverse(nn.GELU(), torch.tensor([[-1.0]]), torch.tensor([[0.5]])).x
+    assert x.item() == pytest.approx(-0.7517915, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, 1.0, 1.5])
+def test_sigmoid_stays_finite_beyond_its_range(value):
+    x0 = torch.zeros(1, 3)
+    result = reverse(nn.Sigmoid(), torch.full((1, 3), value), x0, max_change=100)
+    assert result.x.isfinite().all()
+    limit = torch.tensor(min(max(value, 0.0), 1.0))
+    assert torch.allclose(torch.sigmoid(result.x), limit, atol=1e-6)
+
+
+def test_softmax_meets_a_target_off_the_simplex_at_its_projection():
+    target = torch.tensor([[0.9, 0.5, 0.2]], dtype=torch.float64)
+    x = reverse(nn.Softmax(1), target, torch.zeros_like(target), max_change=100).x
+    expected = torch.tensor([0.7, 0.3, 0.0], dtype=torch.float64)  # target - 0.2, cut at 0
+    assert torch.allclose(x.softmax(1)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1), nn.AdaptiveMaxPool2d((2, 3))]
+)
+def test_overlapping_pools_reach_what_pooling_made(module):
+    torch.manual_seed(0)
+    x0 = torch.randn(6, 2, 7, 7)
+    target = module(x0 + 0.5 * torch.randn_like(x0))
+    result = reverse(module, target, x0)
+    assert (result.status == Status.REACHED).all()
+    assert torch.equal(module(result.x), target)
+
+
+def test_pooling_lowers_what_exceeds_and_raises_the_largest():
+    x0 = torch.tensor([[[1.0, 5.0, 2.0, 3.0]]])
+    x = reverse(nn.MaxPool1d(2), torch.tensor([[[3.0, 4.0]]]), x0).x
+    assert x.tolist() == [[[1.0, 3.0, 2.0, 4.0]]]
