@@ -123,6 +123,12 @@ def fmce() -> None:
 
 
 @app.command()
+def posttrain() -> None:
+    """Train modules on their own targets, beside their controls, and register the best."""
+    _run_stage("posttrain")
+
+
+@app.command()
 def report() -> None:
     """Put everything that the pipeline found on one page."""
     _run_stage("report")

@@ -1,6 +1,6 @@
 """The pictures: the four panels of the paper's figure 3, Grad-CAM across phases, confusion."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,6 +18,7 @@ from torch import Tensor
 from fmce_ops.convergence import Losses, Markers, Method, cqi, smooth
 from fmce_ops.files import atomic
 from fmce_ops.models import Classifier
+from fmce_ops.training.comparison import Interval
 
 _RAW, _SMOOTH, _MARK = "#9aa7b5", "#1f5fa8", "#c8401e"
 
@@ -165,3 +166,96 @@ def _picture(axis: Axes, picture: NDArray[np.uint8], title: str) -> None:
     axis.imshow(picture)
     axis.set_title(title, fontsize=7)
     axis.set_axis_off()
+
+
+def arms_figure(accuracies: Mapping[str, Sequence[float]], gains: Mapping[str, Interval]) -> Figure:
+    """Test accuracy of every arm and seed, and what the targets gain over each control.
+
+    Parameters
+    ----------
+    accuracies : arm -> one value for each seed.
+    gains : control -> paired difference to it.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    names = list(accuracies)
+    for place, name in enumerate(names):
+        values = 100 * np.asarray(accuracies[name])
+        left.plot(np.full(len(values), place), values, "o", color=_RAW, markersize=6)
+        left.plot(place, values.mean(), "_", color=_MARK, markersize=26)
+    left.set_xticks(range(len(names)), names)
+    left.set(title="Test accuracy of each seed, and the mean", ylabel="%")
+    left.margins(x=0.2)
+    for place, interval in enumerate(gains.values()):
+        right.plot(100 * interval.mean, place, "o", color=_SMOOTH)
+        if interval.low is not None and interval.high is not None:
+            right.hlines(place, 100 * interval.low, 100 * interval.high, color=_SMOOTH)
+    right.axvline(0, color=_MARK, linestyle="--", linewidth=0.8)
+    right.set_yticks(range(len(gains)), [f"over {name}" for name in gains])
+    right.set(title="Gain of frp, 95 % interval", xlabel="percentage points of test accuracy")
+    right.margins(y=0.3)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    return figure
+
+
+def targets_figure(
+    images: Tensor,
+    names: Sequence[str],
+    made: NDArray[np.float32],
+    target: NDArray[np.float32],
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+) -> Figure:
+    """What a module made of images, what it should have made, and Grad-CAM before and after.
+
+    Parameters
+    ----------
+    images : (n, c, s, s) uint8.
+    made, target : (n, C, h, w) or (n, C) outputs of the module.
+    before, after : (n, H, W) Grad-CAM of the incoming and of the post-trained network, 0..1.
+    """
+    figure, axes = plt.subplots(
+        len(images), 7, figsize=(14, 1.9 * len(images) + 0.5), squeeze=False, layout="constrained"
+    )
+    titles = [
+        "image",
+        "made",
+        "target",
+        "target - made",
+        "change of each channel",
+        "before",
+        "after",
+    ]
+    for title, axis in zip(titles, axes[0], strict=True):
+        axis.set_title(title, fontsize=9)
+    for i, image in enumerate(images):
+        picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        _output_panels(list(axes[i, 1:4]), made[i], target[i])
+        change = (target[i] - made[i]).reshape(len(made[i]), -1).mean(1)
+        axes[i, 4].bar(range(len(change)), change, width=1.0, color=_SMOOTH)
+        axes[i, 4].tick_params(labelsize=6)
+        for axis, heat in zip(axes[i, [0, 5, 6]], [None, before[i], after[i]], strict=True):
+            axis.imshow(picture)
+            axis.set_axis_off()
+            if heat is not None:
+                side = picture.shape[0] - 0.5
+                extent = (-0.5, side, side, -0.5)
+                axis.imshow(heat, cmap="jet", alpha=0.5, extent=extent, vmin=0, vmax=1)
+        axes[i, 0].text(-0.1, 0.5, names[i], transform=axes[i, 0].transAxes, ha="right", fontsize=9)
+    return figure
+
+
+def _output_panels(
+    axes: Sequence[Axes], made: NDArray[np.float32], target: NDArray[np.float32]
+) -> None:
+    """Mean over the channels of what was made, of the target, and of the difference."""
+    if made.ndim == 1:
+        made, target = made[:, None, None], target[:, None, None]
+    own, wanted, change = made.mean(0), target.mean(0), (target - made).mean(0)
+    low, high = min(own.min(), wanted.min()), max(own.max(), wanted.max())
+    most = max(float(np.abs(change).max()), 1e-12)
+    axes[0].imshow(own, cmap="viridis", vmin=low, vmax=high)
+    axes[1].imshow(wanted, cmap="viridis", vmin=low, vmax=high)
+    axes[2].imshow(change, cmap="coolwarm", vmin=-most, vmax=most)
+    for axis in axes:
+        axis.set_axis_off()

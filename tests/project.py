@@ -15,6 +15,7 @@ SMALL = {
     "markers": {"phases": 3, "mu": 1.0e-9},
     "features": {"images_per_shard": 64},
     "fmce": {"epochs": 3, "batch_size": 32, "lr": 0.001},
+    "posttrain": {"epochs": 3, "lr": 0.003, "batch_size": 32, "seeds": 2, "alphas": [1.0]},
     "report": {"title": "A small project"},
 }
 

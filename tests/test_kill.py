@@ -21,6 +21,9 @@ RESULTS = [
     "data/fmcs/manifest.json",
     "results/fmce.json",
     "results/fmce.csv",
+    "results/posttrain.json",
+    "results/posttrain.csv",
+    "data/targets/manifest.json",
 ]
 
 
@@ -92,6 +95,8 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("features 2/", 0.0),
         ("fmce 1/3", 0.0),
         ("fmce 3/3", 1.0),
+        ("targets of conv5 1/", 0.0),
+        ("posttrain 2/6", 0.1),
     ]
     for text, later in points:
         process = start(folder, "dvc", "repro")
@@ -101,8 +106,9 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     command(folder, "dvc", "repro")
     assert digests(folder) == undisturbed
     found = stages(folder)
+    assert len(found.pop("posttrain-arm")) == 3 * 2
     assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
-        ["prepare", "train", "markers", "features", "fmce", "report"], 1
+        ["prepare", "train", "markers", "features", "fmce", "posttrain", "report"], 1
     )
     assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
     store = MlflowClient()

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from tests.project import SMALL, command, copy_project, write_params
 
-STAGES = ["prepare", "train", "markers", "features", "fmce", "report"]
+STAGES = ["prepare", "train", "markers", "features", "fmce", "posttrain", "report"]
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_pictures_are_in_the_run_and_among_the_outputs(
 
 def test_the_report_stands_alone(project: Path) -> None:
     page = (project / "results/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 5
     assert "http://" not in page
     assert "https://" not in page
     assert "did not converge" in page
@@ -160,6 +160,46 @@ def test_push_and_pull_bring_every_output_back(copy: Path, tmp_path: Path) -> No
     command(clone, "dvc", "pull")
     assert ran(command(clone, "dvc", "repro").stdout) == []
     assert "all as the manifest says" in command(clone, "fmce-ops", "shards", "verify").stdout
+
+
+def test_posttrain_has_a_child_run_for_each_arm_and_seed(project: Path) -> None:
+    (parent,) = runs(project, "posttrain")
+    children = runs(project, "posttrain-arm")
+    assert len(children) == 3 * 2
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.info.status for run in children} == {"FINISHED"}
+    store = client(project)
+    for run in children:
+        steps = [m.step for m in store.get_metric_history(run.info.run_id, "val/accuracy")]
+        assert steps == [0, 1, 2, 3]
+
+
+def test_posttrain_is_never_worse_on_validation_and_its_network_is_registered(
+    project: Path,
+) -> None:
+    facts = json.loads((project / "results/posttrain.json").read_text())
+    incoming = facts["arms"]["untouched"][0]["val"]
+    for outcomes in facts["arms"].values():
+        for outcome in outcomes:
+            assert (outcome["val"]["accuracy"], -outcome["val"]["loss"]) >= (
+                incoming["accuracy"],
+                -incoming["loss"],
+            )
+    answer = evaluated(project, "--model-uri", "models:/fmce-posttrained@champion")
+    assert answer["accuracy"] == pytest.approx(facts["test_accuracy"])
+
+
+def test_changing_posttrain_runs_only_posttrain_and_report(copy: Path) -> None:
+    settings = {**SMALL["posttrain"], "mode": "local", "modules": ["conv5", "stage4..conv5"]}
+    write_params(copy, {**SMALL, "posttrain": settings})
+    assert ran(command(copy, "dvc", "repro").stdout) == ["posttrain", "report"]
+    facts = json.loads((copy / "results/posttrain.json").read_text())
+    assert set(facts["targets"]) == {"conv5", "stage4..conv5"}
+    for name in facts["targets"]:
+        command(copy, "fmce-ops", "shards", "verify", f"data/targets/{name}/outputs")
+    write_params(copy, {**SMALL, "posttrain": {"modules": ["stage9"]}})
+    done = command(copy, "fmce-ops", "posttrain", code=2)
+    assert "posttrain.modules names 'stage9'" in done.stderr
 
 
 def evaluated(project: Path, *words: str, code: int = 0) -> dict[str, object]:

@@ -1,7 +1,5 @@
 """Stage ``fmce``: train FMCE-Net on the shards, judge it once on the test split, register it."""
 
-import csv
-import io
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from lightning_fabric import Fabric
 
 from fmce_ops.figures import confusion_figure
-from fmce_ops.files import write_json, write_text
+from fmce_ops.files import write_json, write_table
 from fmce_ops.models import FmceNet
 from fmce_ops.shards import Manifest, ShardStore, Split, split_by_image, split_paper
 from fmce_ops.stages.params import Params
@@ -84,21 +82,15 @@ def _publish(stage: Stage, params: Params, history: list[Epoch], matrix: np.ndar
         "chance": 1 / len(matrix),
     }
     write_json(METRICS, summary)
-    write_text(EPOCHS, _csv([[c.name for c in fields(Epoch)], *(astuple(e) for e in history)]))
+    write_table(EPOCHS, [[c.name for c in fields(Epoch)], *(astuple(e) for e in history)])
     phases = range(1, len(matrix) + 1)
     counts = [[k, *row] for k, row in zip(phases, matrix.tolist(), strict=True)]
-    write_text(CONFUSION, _csv([["true", *phases], *counts]))
+    write_table(CONFUSION, [["true", *phases], *counts])
     title = f"FMCE-Net on test maps: accuracy {figures['accuracy']:.4f}"
     stage.figure(confusion_figure(matrix, title, [str(k) for k in phases]), "confusion.png")
     if stage.run:
         finals = {f"test/{name}": value for name, value in figures.items()}
         stage.run.final({**finals, "best_epoch": best.epoch}, now(), best.epoch)
-
-
-def _csv(rows: list[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _register(

@@ -100,6 +100,22 @@ class FmceParams(Section):
     seed: Seed = 0
 
 
+class PosttrainParams(Section):
+    """Post-training of single modules (arXiv 2506.07188)."""
+
+    modules: tuple[str, ...] | None = None  # names or first..last; null: the last before the head
+    mode: Literal["mixed", "local"] = "mixed"  # local: the targets alone, no cross-entropy
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of the corrected logits
+    pull: Fraction = 0.0  # of the corrected logits towards the mean of their class
+    alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 1.0)  # weights of targets
+    epochs: Count = 10
+    batch_size: Count = 256
+    lr: Positive = 5e-5
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-2
+    seeds: Count = 3
+    images_per_shard: Count = 4096
+
+
 class ReportParams(Section):
     """The report."""
 
@@ -115,6 +131,7 @@ class Params(Section):
     markers: MarkersParams = MarkersParams()
     features: FeaturesParams = FeaturesParams()
     fmce: FmceParams = FmceParams()
+    posttrain: PosttrainParams = PosttrainParams()
     report: ReportParams = ReportParams()
 
     @model_validator(mode="after")

@@ -18,8 +18,11 @@ PICTURES = {
     "curve": RESULTS / "markers" / "curve.png",
     "gradcam": RESULTS / "features" / "gradcam.png",
     "confusion": RESULTS / "fmce" / "confusion.png",
+    "arms": RESULTS / "posttrain" / "arms.png",
 }
-FACTS = {name: RESULTS / f"{name}.json" for name in ("prepare", "train", "features", "fmce")}
+FACTS = {
+    name: RESULTS / f"{name}.json" for name in ("prepare", "train", "features", "fmce", "posttrain")
+}
 
 
 def run(params: Params, progress: Reporter | None = None) -> None:
@@ -52,6 +55,7 @@ def _page(params: Params) -> str:
         version=__version__,
         markers=json.loads(MARKERS.read_text()),
         pictures={name: _embedded(path) for name, path in PICTURES.items()},
+        targets=[_embedded(path) for path in sorted((RESULTS / "posttrain").glob("targets-*.png"))],
         epochs=list(csv.DictReader((RESULTS / "fmce.csv").read_text().splitlines())),
         **facts,
     )

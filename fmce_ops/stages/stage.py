@@ -23,6 +23,7 @@ IMAGES = Path("data/images.h5")
 CHECKPOINTS = Path("data/checkpoints")
 PHASES = Path("data/phases")
 FMCS = Path("data/fmcs")
+TARGETS = Path("data/targets")
 RESULTS = Path("results")
 LOSSES, MARKERS = RESULTS / "losses.csv", RESULTS / "markers.json"
 

@@ -123,6 +123,8 @@ def digest(path: Path) -> str:
 def publish(files: Mapping[str, Path], folder: Path) -> None:
     """Make ``folder`` of the named files, at once and without copying where the disk can link.
 
+    A name may have folders of its own.
+
     A ``manifest.json`` with the SHA-256 of each file is added where the files bring none.
     """
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
@@ -141,6 +143,7 @@ def _fill(folder: Path, files: Mapping[str, Path]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         link(source, folder / name)
     if MANIFEST not in files:
         digests = {name: file_digest(source) for name, source in files.items()}

@@ -72,6 +72,11 @@ class Run:
         """Keep a file with the run."""
         self.client.log_artifact(self.id, str(path), folder)
 
+    def params(self, values: Mapping[str, object]) -> None:
+        """Record parameters; a resumed run has them already, with the same values."""
+        for key, value in values.items():
+            self.client.log_param(self.id, key, value)
+
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags; a run that is not to be found by a tag has none."""
         for key, value in values.items():
@@ -85,6 +90,17 @@ class Run:
             query = f"tags.`{OUTPUT_TAG}{name}` = '{digest}'"
             found += self.client.search_runs([experiment], query, max_results=1)
         return list(dict.fromkeys(run.info.run_id for run in found))
+
+    @contextlib.contextmanager
+    def child(self, name: str, tags: Mapping[str, str]) -> Iterator["Run"]:
+        """A run beneath this one; where this one was resumed, the child that it had."""
+        experiment = self.client.get_run(self.id).info.experiment_id
+        beneath = {"mlflow.parentRunId": self.id, "mlflow.runName": name}
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in beneath.items())
+        found = self.client.search_runs([experiment], query, max_results=1)
+        run = found[0] if found else self.client.create_run(experiment, tags={**tags, **beneath})
+        yield Run(self.client, run.info.run_id, {})
+        self.client.set_terminated(run.info.run_id)
 
     def dataset(self, path: Path, name: str, digest: str, context: str) -> None:
         """Name a data set that the run reads, with its digest."""

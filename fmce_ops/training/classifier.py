@@ -6,7 +6,6 @@ draw follows from (seed, epoch, step) alone.
 """
 
 import csv
-import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from fmce_ops.convergence import ConvergenceMonitor
 from fmce_ops.data import TrainBatches, derive_seed, to_input
 from fmce_ops.errors import TrainingError
-from fmce_ops.files import write_text
+from fmce_ops.files import write_table
 from fmce_ops.models import load_into, save_weights
 from fmce_ops.training.devices import total
 from fmce_ops.training.reporter import Reporter, Row
@@ -141,12 +140,9 @@ def point_file(folder: Path, point: int) -> Path:
 
 
 def write_losses(path: Path, history: Sequence[Point]) -> None:
-    """Write the curve as CSV; numbers are written so that they read back exactly."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([column.name for column in fields(Point)])
-    rows.writerows(astuple(point) for point in history)
-    write_text(path, text.getvalue())
+    """Write the curve as CSV."""
+    names = [column.name for column in fields(Point)]
+    write_table(path, [names, *(astuple(point) for point in history)])
 
 
 def read_losses(path: Path) -> list[Point]:

@@ -1,0 +1,325 @@
+"""What a span of modules should have made: its inputs, outputs and targets as stores of shards.
+
+The corrected logits of every training image are brought back through the modules behind the span
+(feature-level reverse propagation, arXiv 2506.07188), once; every module then trains on its own.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from fmce_ops.data import Images, to_input
+from fmce_ops.errors import ModelError
+from fmce_ops.files import write_json
+from fmce_ops.reverse import Reversal, Status, nearest_logits, propagate
+from fmce_ops.shards import Manifest, Shard, ShardStore, ShardWriter
+from fmce_ops.training.reporter import Reporter, Row
+
+INPUTS, OUTPUTS, VALIDATION = "inputs", "outputs", "validation"  # the stores of a span
+OWN, TARGET = 1, 2  # the phases of the store of outputs
+_Key = tuple[str, int]  # store and phase
+_Rows = dict[_Key, Tensor]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring functional modules that are trained as one.
+
+    Attributes
+    ----------
+    name : as in the parameters, such as ``conv5`` or ``stage4..head``.
+    before, inside, behind : the modules of the network in their order, divided at the span.
+    """
+
+    name: str
+    before: nn.Sequential
+    inside: nn.Sequential
+    behind: nn.Sequential
+
+
+def find_span(modules: Mapping[str, nn.Module], name: str | None) -> Span:
+    """Cut a network at a span.
+
+    Parameters
+    ----------
+    modules : as `functional_modules` gives them; the last is the head.
+    name : a module, ``first..last``, or None for the last module with weights before the head.
+
+    Raises
+    ------
+    ModelError
+        There is no such module, or the last comes before the first.
+    """
+    names = list(modules)
+    if name is None:
+        name = [known for known in names[:-1] if any(True for _ in modules[known].parameters())][-1]
+    first, _, last = name.partition("..")
+    last = last or first
+    for end in (first, last):
+        if end not in names:
+            raise ModelError(
+                f"posttrain.modules names {end!r}, which the network does not have: "
+                f"choose among {', '.join(names)}."
+            )
+    start, stop = names.index(first), names.index(last) + 1
+    chain = list(modules.values())
+    if start >= stop:
+        raise ModelError(f"the span {name!r} of posttrain.modules ends before it begins.")
+    parts = chain[:start], chain[start:stop], chain[stop:]
+    return Span(name, *(nn.Sequential(*part) for part in parts))
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """How targets are made and stored."""
+
+    margin: float
+    pull: float
+    size: int  # px, the side that the network sees
+    images_per_shard: int
+    batch_size: int
+
+
+def write_targets(
+    fabric: Fabric,
+    span: Span,
+    images: Images,
+    settings: TargetSettings,
+    folder: Path,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Write the stores ``inputs``, ``outputs`` and ``validation`` of a span into ``folder``.
+
+    ``inputs`` and ``validation`` hold what the span reads of the training and the validation
+    images, ``outputs`` what it makes of the training images (phase `OWN`) and what it should have
+    made (phase `TARGET`). Parts that an earlier, interrupted run finished are kept; with several
+    processes each writes its share.
+
+    Returns
+    -------
+    How the reverse steps went: samples that changed, residual, change, iterations, statuses.
+    """
+    network = nn.Sequential(span.before, span.inside, span.behind).to(fabric.device).eval()
+    means = _class_means(fabric, network, images, settings) if settings.pull else None
+    maker = _Maker(span, settings, means)
+    shapes = maker.shapes(next(_pixels(fabric, images, "train", 0, 1, settings))[0])
+    parts = [
+        _Part(split, part, start, min(settings.images_per_shard, images.counts[split] - start))
+        for split in ("train", "val")
+        for part, start in enumerate(range(0, images.counts[split], settings.images_per_shard))
+    ]
+    mine = parts[fabric.global_rank :: fabric.world_size]
+    reporter.begin(f"targets of {span.name}", len(mine))
+    for step, part in enumerate(mine, start=1):
+        began = time.perf_counter()
+        if not (folder / part.record).exists():
+            write_json(
+                folder / part.record,
+                _write_part(fabric, maker, images, settings, folder, part, shapes),
+            )
+        speed = part.count / (time.perf_counter() - began)
+        reporter.row(Row(step, {"images_per_second": speed}, time.time_ns() // 1_000_000))
+    fabric.barrier()  # every part is on the disk
+    read = [json.loads((folder / part.record).read_text(encoding="utf-8")) for part in parts]
+    if fabric.is_global_zero:
+        for store in (INPUTS, OUTPUTS, VALIDATION):
+            _write_manifest(store, read, images, folder)
+    fabric.barrier()
+    return _summary([facts["reversal"] for facts in read if facts["reversal"]["samples"]])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The images ``start`` up to ``start + count`` of a split."""
+
+    split: str
+    part: int
+    start: int
+    count: int
+
+    @property
+    def record(self) -> str:
+        """The file that says that the part is done, and how it went."""
+        return f"{self.split}-{self.part:04d}.json"
+
+
+def _pixels(
+    fabric: Fabric, images: Images, split: str, start: int, stop: int, settings: TargetSettings
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs of the network, labels and positions, batch by batch."""
+    for first in range(start, stop, settings.batch_size):
+        pixels, labels = images.read(split, first, min(first + settings.batch_size, stop))
+        inputs = to_input(
+            fabric.to_device(pixels), size=settings.size, mean=images.mean, std=images.std
+        )
+        yield inputs, fabric.to_device(labels), torch.arange(first, first + len(labels))
+
+
+@torch.inference_mode()
+def _class_means(
+    fabric: Fabric, network: nn.Module, images: Images, settings: TargetSettings
+) -> Tensor:
+    """(K, K) mean logits of the training images of each class that are classified correctly."""
+    classes = len(images.classes)
+    sums = torch.zeros(classes, classes, dtype=torch.float64, device=fabric.device)
+    counts = torch.zeros(classes, dtype=torch.float64, device=fabric.device)
+    for inputs, labels, _ in _pixels(fabric, images, "train", 0, images.counts["train"], settings):
+        logits = network(inputs).double()
+        right = logits.argmax(1) == labels
+        sums.index_add_(0, labels[right], logits[right])
+        counts += torch.bincount(labels[right], minlength=classes)
+    return (sums / counts.clamp_min(1)[:, None]).float()
+
+
+def corrected(
+    logits: Tensor, labels: Tensor, settings: TargetSettings, means: Tensor | None
+) -> Tensor:
+    """(N, K) the nearest correct logits, pulled by ``settings.pull`` towards their class's mean."""
+    nearest = nearest_logits(logits, labels, settings.margin)
+    return nearest if means is None else torch.lerp(nearest, means[labels], settings.pull)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the rows of all stores from a batch of inputs of the network."""
+
+    span: Span
+    settings: TargetSettings
+    means: Tensor | None
+
+    def shapes(self, example: Tensor) -> dict[_Key, tuple[int, ...]]:
+        """Shape of one row in each store and phase."""
+        read = self.span.before(example)
+        made = self.span.inside(read)
+        return {
+            (INPUTS, 1): read.shape[1:],
+            (OUTPUTS, OWN): made.shape[1:],
+            (OUTPUTS, TARGET): made.shape[1:],
+            (VALIDATION, 1): read.shape[1:],
+        }
+
+    def rows(self, split: str, inputs: Tensor, labels: Tensor) -> tuple[_Rows, Reversal | None]:
+        """The rows of a batch, and how the first module behind the span was reversed."""
+        read = self.span.before(inputs)
+        if split == "val":
+            return {(VALIDATION, 1): read}, None
+        passed = [self.span.inside(read)]
+        for module in self.span.behind:
+            passed.append(module(passed[-1]))
+        target, reversal = corrected(passed[-1], labels, self.settings, self.means), None
+        if len(self.span.behind):
+            found = propagate(list(self.span.behind), target, passed[:-1])
+            target, reversal = found.targets[0], found.results[0]
+        rows = {(INPUTS, 1): read, (OUTPUTS, OWN): passed[0], (OUTPUTS, TARGET): target}
+        return rows, reversal
+
+
+@torch.no_grad()
+def _write_part(
+    fabric: Fabric,
+    maker: _Maker,
+    images: Images,
+    settings: TargetSettings,
+    folder: Path,
+    part: _Part,
+    shapes: Mapping[_Key, tuple[int, ...]],
+) -> dict[str, Any]:
+    """Write a shard for each store and phase; float32, for targets differ little from outputs."""
+    facts = _Facts()
+    stop = part.start + part.count
+    keys = [key for key in shapes if (key[0] == VALIDATION) == (part.split == "val")]
+    with ExitStack() as open_writers:
+        writers = {}
+        for store, phase in keys:
+            writer = ShardWriter(
+                folder / store,
+                phase=phase,
+                part=part.part,
+                start=part.start,
+                count=part.count,
+                shape=shapes[store, phase],
+                dtype="float32",
+            )
+            writers[store, phase] = open_writers.enter_context(writer)
+        for inputs, labels, positions in _pixels(
+            fabric, images, part.split, part.start, stop, settings
+        ):
+            rows, reversal = maker.rows(part.split, inputs, labels)
+            facts.add(rows, reversal)
+            for key, writer in writers.items():
+                writer.append(rows[key].cpu(), positions.numpy(), labels.cpu().numpy())
+    records = [[store, vars(writer.close())] for (store, _), writer in writers.items()]
+    shape = {store: list(shapes[store, phase]) for store, phase in keys}
+    return {"shards": records, "shapes": shape, "reversal": facts.__dict__}
+
+
+@dataclass
+class _Facts:
+    """How the reverse steps of a part went; one value for each sample that was solved for."""
+
+    samples: int = 0
+    changed: int = 0
+    residual: list[float] = field(default_factory=list)
+    change: list[float] = field(default_factory=list)
+    iterations: list[int] = field(default_factory=list)
+    status: list[int] = field(default_factory=list)
+
+    def add(self, rows: _Rows, reversal: Reversal | None) -> None:
+        """Count a batch."""
+        if (OUTPUTS, OWN) not in rows:
+            return
+        own, target = rows[OUTPUTS, OWN], rows[OUTPUTS, TARGET]
+        self.samples += len(own)
+        self.changed += int((own != target).flatten(1).any(1).sum())
+        if reversal is None:
+            return
+        solved = reversal.status != Status.UNCHANGED
+        for name in ("residual", "change", "iterations", "status"):
+            getattr(self, name).extend(getattr(reversal, name)[solved].tolist())
+
+
+def _write_manifest(
+    store: str, parts: Sequence[Mapping[str, Any]], images: Images, folder: Path
+) -> None:
+    records = [record for part in parts for name, record in part["shards"] if name == store]
+    shards = sorted((Shard(**record) for record in records), key=lambda s: (s.phase, s.part))
+    shape = next(part["shapes"][store] for part in parts if store in part["shapes"])
+    Manifest(
+        dtype="float32",
+        compression=None,
+        shape=tuple(shape),
+        phases=shards[-1].phase,
+        images=images.counts["val" if store == VALIDATION else "train"],
+        shards=tuple(shards),
+        classes=len(images.classes),
+    ).save(folder / store)
+
+
+def _summary(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {name: sum(p[name] for p in parts) for name in ("samples", "changed")}
+    for name in ("residual", "change", "iterations"):
+        values = np.array([value for part in parts for value in part[name]])
+        if len(values):
+            summary[name] = {"median": float(np.median(values)), "worst": float(values.max())}
+    statuses = [status for part in parts for status in part["status"]]
+    summary["status"] = {s.name.lower(): statuses.count(s) for s in Status if s in statuses}
+    return summary
+
+
+def most_changed(store: ShardStore, count: int) -> list[int]:
+    """Positions of the images whose target lies farthest from what the span makes."""
+    distances = [
+        np.linalg.norm((target - own).reshape(len(own), -1), axis=1)
+        for own, target in zip(store.scan(OWN), store.scan(TARGET), strict=True)
+    ]
+    order = np.argsort(-np.concatenate(distances), kind="stable")
+    return [int(row) for row in order[:count]]
