@@ -1,0 +1,142 @@
+"""What local post-training of the last stage costs beside fine-tuning, targets included.
+
+    python benchmarks/posttrain_cost.py            # prints the table
+    python benchmarks/posttrain_cost.py --write    # and keeps it in benchmarks/posttrain_cost.md
+
+The same network, images, batch size and number of epochs: the whole network end to end, the last
+stage alone through the frozen network, and the stage's own training from stored inputs and targets.
+"""
+
+import argparse
+import copy
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from fmce_ops.data import Images, prepare, to_input
+from fmce_ops.models import Classifier, build, functional_modules
+from fmce_ops.training.devices import launch
+from fmce_ops.training.posttrain import Job, PosttrainPlan, Stores, train_span
+from fmce_ops.training.reporter import Reporters
+from fmce_ops.training.targets import Span, TargetSettings, find_span, write_targets
+from torch.utils.flop_counter import FlopCounterMode
+
+SIZE, BATCH, NETWORKS = 32, 128, ("resnet18", "shufflenet_v2_x0_5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--per-class", type=int, default=40)
+    parser.add_argument("--write", action="store_true", help="keep the table in posttrain_cost.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "images.h5"
+        shares = {"validation": 0.1, "test": 0.1, "per_class": options.per_class}
+        prepare("digits", path, root=Path(folder), image_size=SIZE, seed=0, **shares)
+        with Images.open(path) as images:
+            rows = [row for name in NETWORKS for row in measure(name, images, options.epochs)]
+            counts = images.counts["train"]
+    text = f"""# Post-training: cost
+
+`python benchmarks/posttrain_cost.py --write`; {platform.processor() or platform.machine()}, \
+{os.cpu_count()} cores, torch {torch.__version__}. {counts} digits at {SIZE} px, small stem, batch \
+{BATCH}, {options.epochs} epochs of AdamW; random weights with calibrated batch norm, so nearly \
+every image has a target to solve for. Multiply-adds: of one image, forward and backward.
+
+| network | trained | seconds | multiply-adds, millions | share of end-to-end time | goal |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
+    print(text)
+    if options.write:
+        Path(__file__).with_suffix(".md").write_text(text)
+
+
+def measure(name: str, images: Images, epochs: int) -> list[str]:
+    """Three rows of the table."""
+    torch.manual_seed(0)
+    network = build(name, len(images.classes), stem="small", in_size=SIZE)
+    pixels, labels = images.load("train")
+    inputs = to_input(pixels, size=SIZE, mean=images.mean, std=images.std)
+    for part in inputs.split(BATCH):
+        network.train()(part)
+    network.eval()
+    span = find_span(functional_modules(network), None)
+    whole = fine_tune(network, inputs, labels, epochs, frozen=False)
+    frozen = fine_tune(network, inputs, labels, epochs, frozen=True)
+    targets, local = own_training(span, images, epochs)
+    ratio = (targets + local) / whole
+    read = span.before(inputs[:BATCH]).detach()
+    wanted = span.inside(read).detach()
+    costs = {
+        "whole": cost(lambda: F.cross_entropy(network(inputs[:BATCH]), labels[:BATCH]).backward()),
+        "local": cost(lambda: F.mse_loss(span.inside(read), wanted).backward()),
+    }
+    with_frozen(network)
+    costs["frozen"] = cost(
+        lambda: F.cross_entropy(network(inputs[:BATCH]), labels[:BATCH]).backward()
+    )
+    verdict = "met" if ratio <= 1 / 3 else "**missed**"
+    return [
+        f"| {name} | all of it, end to end | {whole:.1f} | {costs['whole']:.1f} | 1 | |",
+        f"| | {span.name}, through the frozen network | {frozen:.1f} | {costs['frozen']:.1f} | "
+        f"{frozen / whole:.2f} | |",
+        f"| | {span.name}, from its own targets ({targets:.1f} s of it for the targets) | "
+        f"{targets + local:.1f} | {costs['local']:.1f} | {ratio:.2f} | at most 0.33: {verdict} |",
+    ]
+
+
+def with_frozen(network: Classifier) -> None:
+    """Leave the weights of the last stage alone to learn."""
+    network.requires_grad_(False)
+    find_span(functional_modules(network), None).inside.requires_grad_(True)
+
+
+def fine_tune(
+    network: Classifier, inputs: torch.Tensor, labels: torch.Tensor, epochs: int, frozen: bool
+) -> float:
+    """Seconds of a plain loop in evaluation mode, as post-training has it."""
+    network = copy.deepcopy(network)
+    if frozen:
+        with_frozen(network)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=5e-5, fused=True)
+    started = time.perf_counter()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(inputs)).split(BATCH):
+            loss = F.cross_entropy(network(inputs[rows]), labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return time.perf_counter() - started
+
+
+def own_training(span: Span, images: Images, epochs: int) -> tuple[float, float]:
+    """Seconds for the targets and for the training from them, validation included."""
+    settings = TargetSettings(1.0, 0.0, SIZE, 4096, BATCH)
+    plan = PosttrainPlan("local", epochs, BATCH, 5e-5, 5e-2)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        write_targets(launch(), span, images, settings, Path(folder), Reporters())
+        targets = time.perf_counter() - started
+        with Stores.open(Path(folder)) as stores:
+            job = Job("frp", 0.0, 0)
+            train_span(span, stores, plan, job, Path(folder) / "job", torch.device("cpu"))
+    return targets, time.perf_counter() - started - targets
+
+
+def cost(step: Callable[[], object]) -> float:
+    """Multiply-adds of a step in millions for each image."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 2 / BATCH / 1e6
+
+
+if __name__ == "__main__":
+    main()
