@@ -1,178 +1,321 @@
 """Which targets make a converged network better? Arms beside their controls, several seeds.
 
-python benchmarks/posttrain_cells.py IMAGES.h5 --name "CIFAR-10 x SimpleCNN" --write
+python benchmarks/posttrain_cells.py IMAGES.h5 --network simple_cnn --name "CIFAR-10" --write
 
 prints the table, and with --write keeps it in benchmarks/posttrain_cells.md.
 
 IMAGES.h5 is what the stage prepare writes. Every seed trains a checkpoint of its own; every arm
 trains that checkpoint on, as a whole, with the same steps and no augmentation, which the checkpoint
-had not either. The epoch is chosen on validation, epoch 0 among them.
+had not either, and with the statistics of batch norm at rest. The epoch is chosen on validation,
+epoch 0 among them.
 """
 
 import argparse
 import copy
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fmce_ops.data import Images, to_input
 from fmce_ops.files import write_text
-from fmce_ops.reverse import nearest_logits
+from fmce_ops.models import build
+from fmce_ops.reverse import nearest_logits, reverse
 from fmce_ops.training.comparison import paired
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
-BATCH, RATE, TEMPERATURE, MARGIN = 256, 1e-3, 3.0, 1.0
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits, labels, target -> loss
-Data = tuple[Tensor, Tensor]
+BATCH, PRETRAIN_RATE, TEMPERATURE = 256, 2e-3, 3.0
+CONTROLS = ("untouched", "ce", "anchor, soft")
 
 
-def simple_cnn(classes: int) -> nn.Module:
+@dataclass(frozen=True)
+class Data:
+    """Inputs of the network (N, 3, H, W) and labels (N,)."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+class Network(nn.Module):
+    """A body that makes features and a head that makes logits of them."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+# features, logits, labels, target -> one loss for each sample
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train on: what every sample's loss is, towards which target, of which weight."""
+
+    loss: Loss
+    target: Tensor
+    weight: Tensor | None = None
+
+
+def simple_cnn(classes: int, side: int) -> Network:
     """The SimpleCNN of arXiv 2506.07188."""
-    return nn.Sequential(
+    body = nn.Sequential(
         *[nn.Conv2d(3, 10, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)],
         *[nn.Conv2d(10, 10, 3, padding=1), nn.ReLU()],
         *[nn.Conv2d(10, 10, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
-        *[nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Linear(128, classes)],
+        *[nn.Flatten(), nn.Linear(10 * (side // 4) ** 2, 128), nn.ReLU()],
     )
+    return Network(body, nn.Linear(128, classes))
 
 
-def soft(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-    """Kullback-Leibler divergence from softened targets."""
-    wanted = (target / TEMPERATURE).softmax(1)
-    found = (logits / TEMPERATURE).log_softmax(1)
-    return TEMPERATURE**2 * F.kl_div(found, wanted, reduction="batchmean")
+def shufflenet(classes: int, side: int) -> Network:
+    """ShuffleNet V2 x0.5 with the small stem."""
+    found = build("shufflenet_v2_x0_5", classes, stem="small", in_size=side)
+    return Network(found.backbone, found.head)
 
 
-def squared(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the logits."""
-    return F.mse_loss(logits, target)
+def resnet18(classes: int, side: int) -> Network:
+    """ResNet-18 at a quarter of its width, with the stem of the CIFAR networks."""
+    narrow = ResNet(BasicBlock, [2, 2, 2, 2])
+    narrow.inplanes = 16
+    layers = [
+        narrow._make_layer(BasicBlock, 16 * 2**k, 2, stride=1 if k == 0 else 2) for k in range(4)
+    ]
+    body = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *layers
+    )
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+    return Network(body, head)
 
 
-def entropy(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+NETWORKS = {"simple_cnn": simple_cnn, "shufflenet": shufflenet, "resnet18": resnet18}
+
+
+def soft(features: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from the softened target logits."""
+    wanted, found = (target / TEMPERATURE).softmax(1), (logits / TEMPERATURE).log_softmax(1)
+    return TEMPERATURE**2 * F.kl_div(found, wanted, reduction="none").sum(1)
+
+
+def squared(features: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """Squared error of the logits."""
+    return (logits - target).square().mean(1)
+
+
+def entropy(features: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with the labels."""
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
-def smoothed(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+def smoothed(features: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with smoothed labels."""
-    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
 
 
-def arms(logits: Tensor, labels: Tensor) -> dict[str, tuple[Loss, Tensor]]:
-    """Every arm's loss and targets, from the checkpoint's logits of the training images."""
-    nearest = nearest_logits(logits, labels, MARGIN)
-    right = logits.argmax(1) == labels
-    means = torch.stack(
-        [logits[right & (labels == c)].mean(0) for c in range(logits.shape[1])]
-    ).nan_to_num()
-    drawn = torch.lerp(nearest, means[labels], 0.5)
+def mixed(features: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy beside the squared error of the features, both of the same size."""
+    plain = entropy(features, logits, labels, target)
+    error = (features - target).square().flatten(1).mean(1)
+    weight = (plain.mean() / error.mean().clamp_min(1e-12)).detach().clamp(1e-5, 10)
+    return plain + weight * error
+
+
+def class_means(values: Tensor, labels: Tensor, right: Tensor) -> Tensor:
+    """For every sample the mean of the correctly classified samples of its class."""
+    means = torch.zeros(int(labels.max()) + 1, *values.shape[1:])
+    for label in range(len(means)):
+        chosen = right & (labels == label)
+        if chosen.any():
+            means[label] = values[chosen].mean(0)
+    return means[labels]
+
+
+def arms(
+    network: Network,
+    train: Data,
+    folds: Tensor,
+    earlier: Tensor,
+) -> dict[str, Arm]:
+    """Every arm, from the logits of the checkpoint, of the folds' and of earlier checkpoints."""
+    features, logits = outputs(network, train.inputs)
+    labels = train.labels
+
+    def drawn(source: Tensor, margin: float = 1.0, share: float = 0.5) -> Tensor:
+        """Corrected logits, drawn to the mean of their class."""
+        right = source.argmax(1) == labels
+        corrected = nearest_logits(source, labels, margin)
+        return torch.lerp(corrected, class_means(source, labels, right), share)
+
+    nearest = nearest_logits(logits, labels, 1.0)
+    parts = zip(nearest.split(BATCH), features.split(BATCH), strict=True)
+    pushed = torch.cat([reverse(network.head, target, x0).x for target, x0 in parts])
+    means = class_means(features, labels, logits.argmax(1) == labels)
+    doubt = 1 - logits.softmax(1).gather(1, labels[:, None])[:, 0]
     return {
-        "ce": (entropy, logits),
-        "ce, smoothed labels": (smoothed, logits),
-        "anchor, soft": (soft, logits),
-        "nearest, soft": (soft, nearest),
-        "nearest, squared": (squared, nearest),
-        "drawn to the class mean, soft": (soft, drawn),
-        "drawn to the class mean, squared": (squared, drawn),
+        "ce": Arm(entropy, logits),
+        "ce, smoothed labels": Arm(smoothed, logits),
+        "anchor, soft": Arm(soft, logits),
+        "nearest, soft": Arm(soft, nearest),
+        "nearest, margin 4, soft": Arm(soft, nearest_logits(logits, labels, 4.0)),
+        "nearest, squared": Arm(squared, nearest),
+        "drawn to the class mean, soft": Arm(soft, drawn(logits)),
+        "drawn, squared": Arm(squared, drawn(logits)),
+        "drawn, soft, weighted by doubt": Arm(soft, drawn(logits), 0.5 + doubt / doubt.mean()),
+        "features of the nearest, mixed": Arm(mixed, pushed),
+        "features drawn to the class mean, mixed": Arm(mixed, torch.lerp(pushed, means, 0.5)),
+        "held-out folds, uncorrected, soft": Arm(soft, folds),
+        "held-out folds, drawn, soft": Arm(soft, drawn(folds)),
+        "mean of earlier checkpoints, uncorrected, soft": Arm(soft, earlier),
+        "mean of earlier checkpoints, drawn, soft": Arm(soft, drawn(earlier)),
+        "mean of folds and checkpoint, drawn, soft": Arm(soft, drawn((folds + logits) / 2)),
     }
 
 
-def fit(
-    network: nn.Module,
-    train: Data,
-    val: Data,
-    loss: Loss,
-    target: Tensor | None,
-    epochs: int,
-    seed: int,
-) -> tuple[int, dict[str, Tensor]]:
-    """One-cycle AdamW; the best epoch on validation and its weights."""
-    steps = len(train[0]) // BATCH
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * steps)
-    best = (0, accuracy(network, val), copy.deepcopy(network.state_dict()))
-    for epoch in range(1, epochs + 1):
-        order = torch.randperm(
-            len(train[0]), generator=torch.Generator().manual_seed(1000 * seed + epoch)
-        )
-        network.train()
-        for rows in order.split(BATCH)[:steps]:
-            logits = network(train[0][rows])
-            value = loss(logits, train[1][rows], logits if target is None else target[rows])
+def epochs_of(
+    network: Network, train: Data, arm: Arm | None, rate: float, epochs: int, seed: int
+) -> Iterator[None]:
+    """Train with one-cycle AdamW; one step of the iterator is an epoch.
+
+    Without an arm the network learns from the labels, and its batch norm from the images.
+    """
+    pieces = max(1, len(train.labels) // BATCH)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * pieces)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        network.train(arm is None)
+        for rows in torch.randperm(len(train.labels), generator=generator).chunk(pieces):
+            features, logits = network(train.inputs[rows])
+            labels = train.labels[rows]
+            if arm is None:
+                loss = F.cross_entropy(logits, labels)
+            else:
+                loss = arm.loss(features, logits, labels, arm.target[rows])
+                loss = (loss if arm.weight is None else loss * arm.weight[rows]).mean()
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            loss.backward()
             optimizer.step()
             cycle.step()
-        found = accuracy(network, val)
-        if found > best[1]:
-            best = (epoch, found, copy.deepcopy(network.state_dict()))
-    return best[0], best[2]
+        yield
 
 
 @torch.inference_mode()
-def outputs(network: nn.Module, inputs: Tensor) -> Tensor:
-    """All logits."""
-    network.eval()
-    return torch.cat([network(part) for part in inputs.split(1024)])
+def _outputs(network: Network, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    parts = [network(part) for part in inputs.split(1024)]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def accuracy(network: nn.Module, data: Data) -> float:
+def outputs(network: Network, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """All features and logits."""
+    features, logits = _outputs(network.eval(), inputs)
+    return features.clone(), logits.clone()
+
+
+def accuracy(network: Network, data: Data) -> float:
     """Share of right answers."""
-    return float((outputs(network, data[0]).argmax(1) == data[1]).double().mean())
+    _, logits = outputs(network, data.inputs)
+    return float((logits.argmax(1) == data.labels).double().mean())
 
 
-def study(images: Images, seeds: int, pretrain: int, epochs: int) -> dict[str, list[float]]:
+def pretrain(
+    make: Callable[[], Network], train: Data, val: Data, epochs: int, seed: int
+) -> tuple[Network, Tensor]:
+    """The checkpoint that is best on validation; mean logits of the last third of the epochs."""
+    torch.manual_seed(seed)
+    network = make()
+    best, state, earlier = -1.0, network.state_dict(), []
+    steps = epochs_of(network, train, None, PRETRAIN_RATE, epochs, seed)
+    for epoch, _ in enumerate(steps):
+        found = accuracy(network, val)
+        if found > best:
+            best, state = found, copy.deepcopy(network.state_dict())
+        if epoch >= epochs - max(1, epochs // 3):
+            earlier.append(outputs(network, train.inputs)[1])
+    network.load_state_dict(state)
+    return network, torch.stack(earlier).mean(0)
+
+
+def held_out(
+    make: Callable[[], Network], train: Data, val: Data, epochs: int, seed: int, folds: int = 2
+) -> Tensor:
+    """Logits of every training image by a network that was not trained on it."""
+    fold = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)) % folds
+    logits = torch.empty(0)
+    for number in range(folds):
+        rest = fold != number
+        part = Data(train.inputs[rest], train.labels[rest])
+        network, _ = pretrain(make, part, val, epochs, seed + number)
+        found = outputs(network, train.inputs[~rest])[1]
+        logits = logits if len(logits) else torch.empty(len(fold), found.shape[1])
+        logits[~rest] = found
+    return logits
+
+
+def study(
+    images: Images,
+    counts: dict[str, int],
+    make: Callable[[], Network],
+    seeds: int,
+    before: int,
+    epochs: int,
+    rate: float,
+) -> dict[str, list[float]]:
     """Test accuracy of every arm and seed."""
-    splits = {name: load(images, name) for name in ("train", "val", "test")}
-    train, val, test = splits["train"], splits["val"], splits["test"]
+    train, val, test = (load(images, split, few) for split, few in counts.items())
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
-        torch.manual_seed(seed)
-        network = simple_cnn(len(images.classes))
-        network(train[0][:2])
-        _, state = fit(network, train, val, entropy, None, pretrain, 100 + seed)
-        network.load_state_dict(state)
-        found.setdefault("untouched", []).append(accuracy(network, test))
-        logits = outputs(network, train[0]).clone()
-        for name, (loss, target) in arms(logits, train[1]).items():
-            arm = copy.deepcopy(network)
-            epoch, state = fit(arm, train, val, loss, target, epochs, seed)
-            arm.load_state_dict(state)
-            found.setdefault(name, []).append(accuracy(arm, test))
-            print(f"seed {seed} {name}: epoch {epoch}, test {found[name][-1]:.4f}", flush=True)
+        network, earlier = pretrain(make, train, val, before, 100 + seed)
+        folds = held_out(make, train, val, before, 1000 + 10 * seed)
+        incoming = accuracy(network, val), accuracy(network, test)
+        found.setdefault("untouched", []).append(incoming[1])
+        for name, arm in arms(network, train, folds, earlier).items():
+            trained, best = copy.deepcopy(network), incoming
+            for _ in epochs_of(trained, train, arm, rate, epochs, seed):
+                now = accuracy(trained, val)
+                if now > best[0]:
+                    best = now, accuracy(trained, test)
+            found.setdefault(name, []).append(best[1])
+            print(f"seed {seed} {name}: {best[1]:.4f} from {incoming[1]:.4f}", flush=True)
     return found
 
 
-def load(images: Images, split: str) -> Data:
-    """Inputs of the network and labels."""
-    pixels, labels = images.load(split)
+def load(images: Images, split: str, count: int) -> Data:
+    """Inputs of the network and labels; the file is shuffled, so the first are a fair sample."""
+    pixels, labels = (part[:count] for part in images.load(split))
     inputs = to_input(pixels, size=images.side, mean=images.mean, std=images.std)
-    return inputs, labels
+    return Data(inputs, labels)
 
 
-def table(name: str, images: Images, found: dict[str, list[float]], options: str) -> str:
+def table(name: str, counts: dict[str, int], found: dict[str, list[float]], options: str) -> str:
     """Markdown of one cell."""
     rows = []
     for arm, values in found.items():
         cells = [f"{100 * sum(values) / len(values):.2f}"]
-        for control in ("untouched", "ce", "anchor, soft"):
+        for control in CONTROLS:
             gain = paired(values, found[control])
             same = arm == control or gain.low is None
             cells.append("" if same else words(gain.mean, gain.low, gain.high))
         rows.append(f"| {arm} | {' | '.join(cells)} |")
-    counts = images.counts
     head = f"## {name}\n\n{counts['train']} training, {counts['val']} validation, "
     head += f"{counts['test']} test images; {options}; {platform.machine()}, torch "
     head += f"{torch.__version__}. Test accuracy in %, paired gains in points with their 95 % "
-    head += "intervals.\n\n| arm | test | over untouched | over ce | over anchor, soft |\n"
+    head += f"intervals.\n\n| arm | test | over {' | over '.join(CONTROLS)} |\n"
     return head + "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
-def words(mean: float, low: float, high: float) -> str:
+def words(mean: float, low: float | None, high: float | None) -> str:
     """A gain with its interval, in points; bold where the interval is above zero."""
+    if low is None or high is None:
+        return f"{100 * mean:+.2f}"
     text = f"{100 * mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
     return f"**{text}**" if low > 0 else text
 
@@ -188,19 +331,31 @@ def keep(path: Path, name: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path)
-    parser.add_argument("--name", required=True)
+    parser.add_argument("--network", choices=NETWORKS, default="simple_cnn")
+    parser.add_argument("--name", required=True, help="of the data set")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pretrain", type=int, default=25, help="epochs of the checkpoint")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--train", type=int, default=10000, help="training images at most")
+    parser.add_argument("--val", type=int, default=2000, help="validation images at most")
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--write", action="store_true", help="keep the table in the .md file")
     given = parser.parse_args()
     with Images.open(given.images) as images:
-        found = study(images, given.seeds, given.pretrain, given.epochs)
+
+        def make() -> Network:
+            return NETWORKS[given.network](len(images.classes), images.side)
+
+        limits = {"train": given.train, "val": given.val, "test": images.counts["test"]}
+        counts = {split: min(limits[split], images.counts[split]) for split in limits}
+        found = study(images, counts, make, given.seeds, given.pretrain, given.epochs, given.rate)
+        name = f"{given.name} x {given.network}"
         options = f"{given.seeds} seeds, {given.pretrain} + {given.epochs} epochs"
-        text = table(given.name, images, found, options)
+        options += f", learning rate {given.rate:g}"
+        text = table(name, counts, found, options)
     print(text)
     if given.write:
-        keep(Path(__file__).with_suffix(".md"), given.name, text)
+        keep(Path(__file__).with_suffix(".md"), name, text)
 
 
 if __name__ == "__main__":

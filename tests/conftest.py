@@ -10,7 +10,7 @@ import torch
 
 from tests.project import command, commit, new_project
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests themselves run side by side
 
 
 @pytest.fixture(autouse=True)
