@@ -232,7 +232,7 @@ def targets_figure(
         picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
         _output_panels(list(axes[i, 1:4]), made[i], target[i])
         change = (target[i] - made[i]).reshape(len(made[i]), -1).mean(1)
-        axes[i, 4].bar(range(len(change)), change, width=1.0, color=_SMOOTH)
+        axes[i, 4].fill_between(range(len(change)), change, step="mid", color=_SMOOTH)
         axes[i, 4].tick_params(labelsize=6)
         for axis, heat in zip(axes[i, [0, 5, 6]], [None, before[i], after[i]], strict=True):
             axis.imshow(picture)

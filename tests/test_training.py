@@ -27,17 +27,15 @@ from fmce_ops.models import Classifier, FmceNet, build, load_weights, save_weigh
 from fmce_ops.shards import Manifest, RandomBatches, ShardStore, ShardWriter, split_by_image
 from fmce_ops.training.classifier import (
     Plan,
-    Point,
     Validation,
     evaluate,
     point_file,
-    read_losses,
     train_classifier,
-    write_losses,
 )
 from fmce_ops.training.devices import launch
 from fmce_ops.training.features import Extraction, extract
 from fmce_ops.training.fmce import Epoch, FmcePlan, best_epoch, judge, train_fmce
+from fmce_ops.training.losses import Point, read_losses, write_losses
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits

@@ -24,7 +24,7 @@ from fmce_ops.stages.stage import (
 )
 from fmce_ops.stages.work import publish, vouched
 from fmce_ops.tracking.registry import log_network
-from fmce_ops.training.classifier import Point, read_losses
+from fmce_ops.training.losses import Point, read_losses
 from fmce_ops.training.reporter import Reporter, Row
 
 SECTIONS = ["data", "model", "markers"]

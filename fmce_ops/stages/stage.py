@@ -50,9 +50,10 @@ class Stage:
         """Show a picture in the run and keep it as an output of the stage."""
         from fmce_ops.figures import save_figure
 
+        path = RESULTS / self.name / name
+        save_figure(figure, path)
         if self.run:
-            self.run.figure(figure, name)
-        save_figure(figure, RESULTS / self.name / name)
+            self.run.file(path, "figures")
 
 
 @contextmanager

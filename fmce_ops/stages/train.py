@@ -12,13 +12,12 @@ from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, LOSSES, RESULTS, open_sta
 from fmce_ops.stages.work import publish
 from fmce_ops.training.classifier import (
     Plan,
-    Point,
     Validation,
     point_file,
     train_classifier,
-    write_losses,
 )
 from fmce_ops.training.devices import launch
+from fmce_ops.training.losses import Point, write_losses
 from fmce_ops.training.reporter import Reporter
 
 SECTIONS = ["data", "model", "train"]

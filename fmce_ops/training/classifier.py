@@ -5,11 +5,10 @@ killed goes on behind its last recorded point and ends with the same bytes, beca
 draw follows from (seed, epoch, step) alone.
 """
 
-import csv
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from torch.optim import Optimizer
 from fmce_ops.convergence import ConvergenceMonitor
 from fmce_ops.data import TrainBatches, derive_seed, to_input
 from fmce_ops.errors import TrainingError
-from fmce_ops.files import write_table
 from fmce_ops.models import load_into, save_weights
 from fmce_ops.training.devices import total
+from fmce_ops.training.losses import Point
 from fmce_ops.training.reporter import Reporter, Row
 from fmce_ops.training.state import load_state, save_state
 
@@ -57,19 +56,6 @@ class Plan:
         if self.schedule == "constant":
             return self.lr
         return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
-
-
-@dataclass(frozen=True)
-class Point:
-    """One row of ``losses.csv``: means over the point's part of the training images."""
-
-    point: int
-    epoch: float
-    train_loss: float
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
-    lr: float
 
 
 @dataclass
@@ -137,26 +123,6 @@ def train_classifier(
 def point_file(folder: Path, point: int) -> Path:
     """The weights of a 1-based point."""
     return folder / f"point-{point:05d}.safetensors"
-
-
-def write_losses(path: Path, history: Sequence[Point]) -> None:
-    """Write the curve as CSV."""
-    names = [column.name for column in fields(Point)]
-    write_table(path, [names, *(astuple(point) for point in history)])
-
-
-def read_losses(path: Path) -> list[Point]:
-    """Read the curve back."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [
-                Point(int(row.pop("point")), **{name: float(text) for name, text in row.items()})
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise TrainingError(
-            f"{path} is not a loss curve ({error}): run 'dvc repro' again."
-        ) from None
 
 
 def _set_up(
