@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fmce_ops.data import Images, prepare, to_input
 from fmce_ops.models import Classifier, build, functional_modules
 from fmce_ops.training.devices import launch
-from fmce_ops.training.posttrain import Job, PosttrainPlan, Stores, train_span
+from fmce_ops.training.posttrain import Job, PosttrainPlan, Stores, judge_images, train_span
 from fmce_ops.training.reporter import Reporters
 from fmce_ops.training.targets import Span, TargetSettings, find_span, write_targets
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,8 +68,8 @@ def measure(name: str, images: Images, epochs: int) -> list[str]:
         network.train()(part)
     network.eval()
     span = find_span(functional_modules(network), None)
-    whole = fine_tune(network, inputs, labels, epochs, frozen=False)
-    frozen = fine_tune(network, inputs, labels, epochs, frozen=True)
+    whole = fine_tune(network, inputs, labels, images, epochs, frozen=False)
+    frozen = fine_tune(network, inputs, labels, images, epochs, frozen=True)
     targets, local = own_training(span, images, epochs)
     ratio = (targets + local) / whole
     read = span.before(inputs[:BATCH]).detach()
@@ -99,9 +99,17 @@ def with_frozen(network: Classifier) -> None:
 
 
 def fine_tune(
-    network: Classifier, inputs: torch.Tensor, labels: torch.Tensor, epochs: int, frozen: bool
+    network: Classifier,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    images: Images,
+    epochs: int,
+    frozen: bool,
 ) -> float:
-    """Seconds of a plain loop in evaluation mode, as post-training has it."""
+    """Seconds of a plain loop in evaluation mode, as post-training has it.
+
+    Every epoch is judged on validation and leaves a state to go on from, there as here.
+    """
     network = copy.deepcopy(network)
     if frozen:
         with_frozen(network)
@@ -114,6 +122,9 @@ def fine_tune(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+        judge_images(network, images, "val", SIZE, torch.device("cpu"))
+        with tempfile.TemporaryFile() as file:
+            torch.save([network.state_dict(), optimizer.state_dict()], file)
     return time.perf_counter() - started
 
 

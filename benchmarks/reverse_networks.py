@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from fmce_ops.reverse import Reversal, Status, nearest_logits, propagate
+from fmce_ops.reverse import Reversal, Status, nearest_logits, propagate, reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
@@ -16,27 +16,28 @@ from torchvision import models
 CLASSES = 10
 BATCH = 2
 STEPS = 3  # of training on random labels
-ITERATIONS = 12
-# name, image side, submodule of the last stage
-NETWORKS = [
-    ("resnet18", 64, "layer4"),
-    ("resnext50_32x4d", 64, "layer4"),
-    ("wide_resnet50_2", 64, "layer4"),
-    ("densenet121", 64, "features.denseblock4"),
-    ("googlenet", 64, "inception5b"),
-    ("mobilenet_v2", 64, "features.18"),
-    ("mobilenet_v3_small", 64, "features.12"),
-    ("shufflenet_v2_x0_5", 64, "conv5"),
-    ("efficientnet_b0", 64, "features.8"),
-    ("mnasnet0_5", 64, "layers.14"),
-    ("regnet_y_400mf", 64, "trunk_output.block4"),
-    ("convnext_tiny", 64, "features.7"),
-    ("vit_b_32", 64, "encoder.layers.encoder_layer_11"),
-    ("swin_t", 64, "features.7"),
-    ("alexnet", 64, "features.10"),
-    ("vgg11_bn", 32, "features.25"),
-    ("maxvit_t", 224, "blocks.3"),
-]
+ITERATIONS, MANY = 12, 300
+NOISE = 0.05  # of the norm of the stage's input
+# image side, submodule of the last stage
+NETWORKS = {
+    "resnet18": (64, "layer4"),
+    "resnext50_32x4d": (64, "layer4"),
+    "wide_resnet50_2": (64, "layer4"),
+    "densenet121": (64, "features.denseblock4"),
+    "googlenet": (64, "inception5b"),
+    "mobilenet_v2": (64, "features.18"),
+    "mobilenet_v3_small": (64, "features.12"),
+    "shufflenet_v2_x0_5": (64, "conv5"),
+    "efficientnet_b0": (64, "features.8"),
+    "mnasnet0_5": (64, "layers.14"),
+    "regnet_y_400mf": (64, "trunk_output.block4"),
+    "convnext_tiny": (64, "features.7"),
+    "vit_b_32": (64, "encoder.layers.encoder_layer_11"),
+    "swin_t": (64, "features.7"),
+    "alexnet": (64, "features.10"),
+    "vgg11_bn": (32, "features.25"),
+    "maxvit_t": (224, "blocks.3"),
+}
 
 
 class Rest(nn.Module):
@@ -57,27 +58,34 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table beside this file")
     parser.add_argument("--only", nargs="*", help="names of networks")
     options = parser.parse_args()
-    chosen = [entry for entry in NETWORKS if not options.only or entry[0] in options.only]
     lines = [
         "# Reverse steps through torchvision's families",
         "",
-        f"{CLASSES} classes, batch {BATCH}, random weights, {STEPS} steps of training on random "
-        f"labels; target: the nearest logits, margin 1; at most {ITERATIONS} solver iterations in "
-        "a pass. Median and worst sample of those that needed a change. The stage's target is what "
-        "the head asks for, whether or not the stage can make it. Made with "
+        f"{CLASSES} classes, batch {BATCH}; weights random, or after {STEPS} steps of training on "
+        "random labels. Median and worst sample of those that needed a change. Made with "
         "`python benchmarks/reverse_networks.py --write`.",
         "",
-        "| network | boundary | residual | change | iterations | status |",
-        "|---|---|---|---|---|---|",
+        f"- `head`: target the nearest correct logits, margin 1, at most {ITERATIONS} iterations.",
+        "- `stage`: target what the head asked for, whether or not the stage can make it, at most "
+        f"{ITERATIONS} iterations.",
+        f"- `stage, reachable`: target what the stage makes of its input and {NOISE:.0%} of noise, "
+        f"so that there is an answer; at most {MANY} iterations.",
+        "",
+        "| network | weights | boundary | residual | change | iterations | status |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for entry in chosen:
-        lines += network_rows(*entry)
+    for name in options.only or NETWORKS:
+        for weights, steps in {"random": 0, "trained": STEPS}.items():
+            for boundary, found in study(name, steps).items():
+                lines.append(table_row(f"{name} | {weights} | {boundary}", found))
+                print(lines[-1], flush=True)
         if options.write:
             Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def network_rows(name: str, side: int, stage_name: str) -> list[str]:
-    """One row for the head and one for the stage."""
+def study(name: str, steps: int, *, few: int = ITERATIONS, many: int = MANY) -> dict[str, Reversal]:
+    """The reverse steps of one network after so many steps of training."""
+    side, stage_name = NETWORKS[name]
     torch.manual_seed(0)
     extra = {
         "googlenet": {"aux_logits": False, "init_weights": True},
@@ -85,7 +93,7 @@ def network_rows(name: str, side: int, stage_name: str) -> list[str]:
     }.get(name, {})
     network = models.get_model(name, num_classes=CLASSES, **extra)
     images, labels = torch.randn(8, 3, side, side), torch.randint(0, CLASSES, (8,))
-    train(network, images, labels)
+    train(network, images, labels, steps)
     network.eval()
     stage = network.get_submodule(stage_name)
     seen: list[Tensor] = []
@@ -93,31 +101,36 @@ def network_rows(name: str, side: int, stage_name: str) -> list[str]:
         logits = network(images[:BATCH])
     target = nearest_logits(logits, (logits.argmax(1) + 1) % CLASSES, margin=1)
     head = Rest(network, stage, images[:1])
-    found = propagate([stage, head], target, seen, max_iterations=ITERATIONS)
-    return [table_row(name, *pair) for pair in zip(("stage", "head"), found.results, strict=True)]
+    asked = propagate([stage, head], target, seen, max_iterations=few)
+    noise = torch.randn_like(seen[0])
+    noise *= NOISE * seen[0].norm() / noise.norm()
+    with torch.no_grad():
+        near = stage(seen[0] + noise)
+    known = reverse(stage, near, seen[0], max_iterations=many)
+    return {"head": asked.results[1], "stage": asked.results[0], "stage, reachable": known}
 
 
-def train(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+def train(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
+    """A few steps; batch norm takes its statistics from the images in any case."""
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
     for part in network.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.momentum = 1.0  # so that a few steps leave statistics that fit
-    for _ in range(STEPS):
+            part.momentum = 1.0
+    with torch.no_grad():
+        network.train()(images)
+    for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(network.train()(images), labels).backward()
         optimizer.step()
 
 
-def table_row(name: str, boundary: str, result: Reversal) -> str:
-    assert all(column.isfinite().all() for column in vars(result).values()), name
+def table_row(cells: str, result: Reversal) -> str:
     figures = [
         f"{values.double().median():.2g}, {values.double().max():.2g}"
         for values in (result.residual, result.change, result.iterations)
     ]
     names = ", ".join(sorted({Status(s).name.lower() for s in result.status.tolist()}))
-    row = f"| {name} | {boundary} | {' | '.join(figures)} | {names} |"
-    print(row, flush=True)
-    return row
+    return f"| {cells} | {' | '.join(figures)} | {names} |"
 
 
 if __name__ == "__main__":

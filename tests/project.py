@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,10 @@ def commit(folder: Path, message: str) -> None:
 def copy_project(project: Path, folder: Path) -> Path:
     """A copy to do damage to."""
     return Path(shutil.copytree(project, folder, symlinks=True))
+
+
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.project import SMALL, command, copy_project, write_params
+from tests.project import SMALL, command, copy_project, free_port, write_params
 
 STAGES = ["prepare", "train", "markers", "features", "fmce", "posttrain", "report"]
 
@@ -189,7 +190,9 @@ def test_posttrain_is_never_worse_on_validation_and_its_network_is_registered(
     assert answer["accuracy"] == pytest.approx(facts["test_accuracy"])
 
 
-def test_changing_posttrain_runs_only_posttrain_and_report(copy: Path) -> None:
+def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
+    copy: Path,
+) -> None:
     settings = {**SMALL["posttrain"], "mode": "local", "modules": ["conv5", "stage4..conv5"]}
     write_params(copy, {**SMALL, "posttrain": settings})
     assert ran(command(copy, "dvc", "repro").stdout) == ["posttrain", "report"]
@@ -197,6 +200,11 @@ def test_changing_posttrain_runs_only_posttrain_and_report(copy: Path) -> None:
     assert set(facts["targets"]) == {"conv5", "stage4..conv5"}
     for name in facts["targets"]:
         command(copy, "fmce-ops", "shards", "verify", f"data/targets/{name}/outputs")
+    fabric = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
+    scripts = Path(sys.executable).parent
+    port = ["--main-port", str(free_port())]
+    command(copy, *fabric, *port, str(scripts / "fmce-ops"), "posttrain")
+    assert json.loads((copy / "results/posttrain.json").read_text()) == facts
     write_params(copy, {**SMALL, "posttrain": {"modules": ["stage9"]}})
     done = command(copy, "fmce-ops", "posttrain", code=2)
     assert "posttrain.modules names 'stage9'" in done.stderr

@@ -1,7 +1,6 @@
 """The served model and the UI: real server processes on the loopback, stopped by their id."""
 
 import json
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,7 +14,7 @@ import mlflow
 import numpy as np
 import pytest
 
-from tests.project import environment
+from tests.project import environment, free_port
 
 SHAPE = (1024, 2, 2)
 
@@ -23,9 +22,7 @@ SHAPE = (1024, 2, 2)
 @contextmanager
 def server(folder: Path, *words: str, ready: str) -> Iterator[str]:
     """Start a server on a free port, wait until it answers, stop it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     variables = {**environment(), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     process = subprocess.Popen(

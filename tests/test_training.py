@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -40,6 +39,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
+
+from tests.project import free_port
 
 pytestmark = pytest.mark.timeout(240)
 MEAN, STD = (0.3,), (0.37,)
@@ -204,6 +205,9 @@ def test_a_network_of_torchvision_learns_and_survives_a_kill(tmp_path, fabric):
     assert told.steps == [1, 2, 3]
 
 
+HOME = {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
 def start(*arguments, command=(sys.executable,)):
     """Start this file as a script, on one thread, so that all processes compute alike."""
     return subprocess.Popen(
@@ -211,7 +215,7 @@ def start(*arguments, command=(sys.executable,)):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **HOME},
     )
 
 
@@ -660,12 +664,6 @@ def test_a_damaged_shard_of_the_killed_run_is_not_taken_for_whole(
 
 
 # Several processes.
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def task_all_loops(folder):

@@ -1,6 +1,7 @@
 """Convolutions of stride 1: conjugate gradients, preconditioned by their periodic twins."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,23 +59,33 @@ def twin_of(module: Any, x: Tensor, y: Tensor, damped: bool) -> Twin | None:
         return None
     if module.padding_mode != "zeros":
         return None
-    weight = module.weight.detach().double().unflatten(0, (module.groups, -1))
     sides = tuple(
         max(a, b) + d * (k - 1)
         for a, b, d, k in zip(
             x.shape[2:], y.shape[2:], module.dilation, module.kernel_size, strict=True
         )
     )
+    twin = _twin(module, sides, x.dtype)
+    values = twin.values
+    if not damped and values.amin() <= _CONDITION * values.amax():
+        return None
+    return twin
+
+
+def forget_twins() -> None:
+    """Twins are kept while nothing can change their modules, and no longer."""
+    _twin.cache_clear()
+
+
+@lru_cache(maxsize=4)
+def _twin(module: Any, sides: tuple[int, ...], dtype: torch.dtype) -> Twin:
+    weight = module.weight.detach().to(dtype).unflatten(0, (module.groups, -1))
     waves = _waves(weight, module.dilation, sides)
     wide = weight.shape[1] <= weight.shape[2]
     gram = (waves @ waves.mH if wide else waves.mH @ waves).conj()
     values, vectors = torch.linalg.eigh(gram.flatten(1, -3))
-    if not damped and values[..., 0].amin() <= _CONDITION * values[..., -1].amax():
-        return None
-    kind = torch.complex64 if x.dtype == torch.float32 else torch.complex128
-    vectors = vectors.to(kind)
     adjoint = vectors.mH.resolve_conj().contiguous()
-    return Twin(vectors.contiguous(), adjoint, values[..., None].to(x.dtype), sides, wide)
+    return Twin(vectors.contiguous(), adjoint, values.clamp(min=0)[..., None], sides, wide)
 
 
 def _waves(weight: Tensor, dilation: tuple[int, ...], sides: tuple[int, ...]) -> Tensor:
@@ -85,7 +96,7 @@ def _waves(weight: Tensor, dilation: tuple[int, ...], sides: tuple[int, ...]) ->
     places = [slice(None)] * 3 + [slice(None, None, d) for d in dilation]
     wide[tuple(places)] = weight
     waves = torch.fft.rfftn(wide, sides, tuple(range(3, 3 + len(sides))))
-    return waves.movedim((1, 2), (-2, -1))
+    return waves.movedim((1, 2), (-2, -1)).contiguous()
 
 
 def preconditioned(
@@ -135,5 +146,5 @@ def preconditioned(
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """(n,) inner products in float64."""
-    return (a.double() * b).flatten(1).sum(1)
+    """(n,) inner products, summed in float64."""
+    return (a * b).flatten(1).sum(1, dtype=torch.float64)

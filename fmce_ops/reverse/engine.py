@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fmce_ops.errors import ReverseError
 from fmce_ops.reverse.checks import check_module, check_output, check_settings, check_tensors
+from fmce_ops.reverse.circulant import forget_twins
 from fmce_ops.reverse.linear import is_linear
 from fmce_ops.reverse.newton import Problem, Search, gauss_newton
 from fmce_ops.reverse.products import frozen
@@ -87,7 +88,10 @@ def reverse_with(settings: Settings, module: nn.Module, target: Tensor, x0: Tens
     size = max(1, _SLICE // max(1, x0[:1].numel() + target[:1].numel()))
     with torch.inference_mode(False), torch.no_grad(), frozen(module):
         pieces = zip(target.clone().split(size), x0.clone().split(size), strict=True)
-        return _joined([_reverse_slice(settings, module, *piece) for piece in pieces])
+        try:
+            return _joined([_reverse_slice(settings, module, *piece) for piece in pieces])
+        finally:
+            forget_twins()
 
 
 def propagate(
