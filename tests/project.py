@@ -38,7 +38,7 @@ def command(
         env={**environment(), **variables},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     if code is not None:
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"

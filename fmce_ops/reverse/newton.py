@@ -57,17 +57,17 @@ def gauss_newton(problem: Problem, search: Search, max_iterations: int) -> None:
     """Improve ``search`` until the distance is within the goal or no step helps.
 
     Every step minimises |J d - r|^2 + damping^2 |x + d - x0|^2 by `least_squares` and is halved
-    until the residual falls. Behind a last ReLU, units that rest have no derivative though the
-    module may reach their target; where the true derivative has no more to give, a second pass
-    works on what comes before that ReLU, see `Output`, and counts where it ends nearer.
+    until the residual falls. Units that a ReLU holds at rest have no derivative though the module
+    may reach their target; where the true derivative has no more to give, a second pass looks for
+    inputs that wake them, see `Output`, and counts where it ends nearer.
 
     Parameters
     ----------
     max_iterations : of the least-squares solver, for each sample in each pass.
     """
-    rectified = _improve(problem, search, max_iterations, hinge=False)
+    rests = _improve(problem, search, max_iterations, hinge=False)
     rows = (search.stationary & (search.distance > problem.goal)).nonzero()[:, 0]
-    if not (rectified and len(rows)):
+    if not (rests and len(rows)):
         return
     none = torch.zeros_like(rows)
     second = Search(search.x[rows], search.distance[rows], none, none.bool())
@@ -80,13 +80,13 @@ def gauss_newton(problem: Problem, search: Search, max_iterations: int) -> None:
 
 
 def _improve(problem: Problem, search: Search, max_iterations: int, hinge: bool) -> bool:
-    """One pass; returns whether the module ends in a ReLU."""
-    rectified = False
+    """One pass; returns whether there are ReLUs in the module."""
+    rests = False
     rows = (search.distance > problem.goal).nonzero()[:, 0]
     while len(rows):
         here, x = problem.take(rows), search.x[rows]
         linearised = Linearised(here.module, x, here.target, hinge)
-        rectified = linearised.output.rectified
+        rests = linearised.output.rests
         left = max_iterations - int(search.iterations[rows].min())
         most = min(left, -(-max_iterations // _SHARE))
         step, spent, merit, promising = _step(here, x, linearised, most)
@@ -95,7 +95,7 @@ def _improve(problem: Problem, search: Search, max_iterations: int, hinge: bool)
         search.stationary[rows] = ~falling
         going = falling & (search.distance[rows] > here.goal)
         rows = rows[going & (search.iterations[rows] < max_iterations)]
-    return rectified
+    return rests
 
 
 def _step(

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fmce_ops.errors import ReverseError
 from fmce_ops.reverse.solver import norms
 
+_SLOPE = 0.1  # of units that rest and may wake
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 
 
@@ -47,11 +48,13 @@ class Output:
 
     Where it ends in a ReLU, targets below 0 count as 0. A unit that rests there has no derivative
     even where its target is above 0. With ``hinge`` the value is therefore taken before the ReLU:
-    such a unit is pulled up, and one that shall rest and does is left alone.
+    such a unit is pulled up, and one that shall rest and does is left alone. The ReLUs before the
+    last keep their values and get the derivative of a leaky one, so that their units can wake.
     """
 
     value: Tensor
-    rectified: bool
+    rests: bool  # a ReLU was on the way
+    rectified: bool  # and it was the last operation
     hinge: bool
 
     def rest(self, target: Tensor) -> Tensor:
@@ -73,10 +76,11 @@ class Output:
 
 def output_of(module: nn.Module, x: Tensor, hinge: bool = False) -> Output:
     """Run the module on (n, ...) with the derivatives that `Linearised` needs."""
-    with sdpa_kernel(SDPBackend.MATH), _Rewritten() as rewritten:
+    with sdpa_kernel(SDPBackend.MATH), _Rewritten(hinge) as rewritten:
         y = module(x.clone())  # its first operation may be in place
     rectified = rewritten.output is y
-    return Output(rewritten.input if rectified and hinge else y, rectified, hinge)
+    value = rewritten.input if rectified and hinge else y
+    return Output(value, rewritten.output.numel() > 0, rectified, hinge)
 
 
 class Linearised:
@@ -155,10 +159,12 @@ class _Rewritten(TorchFunctionMode):
     """Same values; convolution and batch norm get second derivatives as cheap as the first.
 
     PyTorch's own cost two to ten times that. Remembers what went in and out of the last ReLU.
+    With ``leaky`` the derivatives of ReLUs are those of leaky ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaky: bool) -> None:
         super().__init__()
+        self.leaky = leaky
         self.input = self.output = torch.empty(0)
 
     def __torch_function__(
@@ -171,6 +177,9 @@ class _Rewritten(TorchFunctionMode):
         given = kwargs or {}
         if func in (F.relu, torch.relu) and not given.get("inplace"):
             self.input, self.output = args[0], func(args[0])
+            if self.leaky:
+                leaky = F.leaky_relu(args[0], _SLOPE)
+                self.output = leaky + (self.output - leaky).detach()
             return self.output
         if func is F.batch_norm and not given.get("training"):
             return _batch_norm(*args, **given)
