@@ -13,14 +13,6 @@ from tests.project import command, commit, new_project
 torch.set_num_threads(1)  # the tests themselves run side by side
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a module share a process, and so do all that read the one project."""
-    for item in items:
-        reads_project = "project" in getattr(item, "fixturenames", ())
-        group = "project" if reads_project else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def _no_tracking_store_of_another_test() -> Iterator[None]:
     yield
