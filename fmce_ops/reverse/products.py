@@ -37,9 +37,9 @@ def frozen(module: nn.Module) -> Iterator[None]:
         _set_inplace(inplace, True)
 
 
-def _set_inplace(parts: list[nn.Module], value: bool) -> None:
+def _set_inplace(parts: list[Any], value: bool) -> None:
     for part in parts:
-        part.inplace = value  # type: ignore[assignment]
+        part.inplace = value
 
 
 @dataclass(frozen=True)
