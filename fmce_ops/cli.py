@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 shards = typer.Typer(help="Look at and check a store of feature maps.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
+paths = typer.Typer(help="Look at the paths that images take.", no_args_is_help=True)
+app.add_typer(paths, name="paths")
 USER_ERROR, INTERRUPTED, FELL_SHORT = 2, 130, 1
 _debug = False
 
@@ -129,6 +131,12 @@ def posttrain() -> None:
 
 
 @app.command()
+def pathways() -> None:
+    """Train gates on the filters, judge what the paths are good for, and register the best."""
+    _run_stage("pathways")
+
+
+@app.command()
 def report() -> None:
     """Put everything that the pipeline found on one page."""
     _run_stage("report")
@@ -197,6 +205,24 @@ def shards_verify(store: _Store = Path("data/fmcs")) -> None:
 
     found = verify(store)
     typer.echo(f"{store}: {found.shards} shards, {found.maps} maps, all as the manifest says")
+
+
+@paths.command("explain")
+def paths_explain(
+    image: Annotated[Path, typer.Argument(help="A picture that Pillow can read.")],
+    model_uri: Annotated[
+        str, typer.Option(help="A model that the stage pathways made.")
+    ] = "models:/fmce-pathways@champion",
+    out: Annotated[
+        Path | None, typer.Option(help="Where to draw it; else beside the working folder's files.")
+    ] = None,
+) -> None:
+    """Show the path of one image, and the classes whose paths are nearest."""
+    from fmce_ops.progress import show_path
+    from fmce_ops.stages.explain import explain
+
+    _import_from_here()
+    show_path(explain(image, model_uri, out or Path(f"path-{image.stem}.png"), Path("params.yaml")))
 
 
 if __name__ == "__main__":

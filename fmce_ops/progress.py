@@ -16,6 +16,7 @@ from fmce_ops.training.reporter import Row
 if TYPE_CHECKING:
     from fmce_ops.shards import Description
     from fmce_ops.stages.evaluate import Evaluation
+    from fmce_ops.stages.explain import Explanation
 
 _SHOWN = {
     "epoch": "epoch {:.4g}",
@@ -137,3 +138,26 @@ def show_evaluation(result: "Evaluation") -> None:
         cells = [f"[bold]{n}[/bold]" if i == j else str(n) for j, n in enumerate(row)]
         matrix.add_row(name, *cells)
     console.print(matrix)
+
+
+def show_path(found: "Explanation") -> None:
+    """Open filters of every layer, and the classes whose paths are nearest."""
+    console = Console()
+    opened, filters = map(sum, zip(*found.open.values(), strict=True))
+    line = f"{found.image}: {opened} of {filters} filters open"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    layers = Table()
+    layers.add_column("layer")
+    layers.add_column("open", justify="right")
+    layers.add_column("")
+    for name, (some, all_of_them) in found.open.items():
+        layers.add_row(escape(name), f"{some}/{all_of_them}", "█" * round(20 * some / all_of_them))
+    console.print(layers)
+    classes = Table(title="classes whose paths are nearest")
+    for heading in ("class", "gates that agree", "probability"):
+        classes.add_column(heading, justify="left" if heading == "class" else "right")
+    for name, (agreement, probability) in list(found.classes.items())[:5]:
+        classes.add_row(escape(name), f"{agreement:.3f}", f"{probability:.3f}")
+    console.print(classes)
+    console.print(f"adversarial score {found.adversarial:.3f}", highlight=False)
+    console.print(f"drawn to {found.figure}", markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ SMALL = {
     "features": {"images_per_shard": 64},
     "fmce": {"epochs": 3, "batch_size": 32, "lr": 0.001},
     "posttrain": {"epochs": 3, "lr": 0.003, "batch_size": 32, "seeds": 2, "alphas": [1.0]},
+    "pathways": {"ratios": [0.5], "epochs": 2, "batch_size": 32, "attacked": 30},
     "report": {"title": "A small project"},
 }
 

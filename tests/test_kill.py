@@ -24,6 +24,9 @@ RESULTS = [
     "results/posttrain.json",
     "results/posttrain.csv",
     "data/targets/manifest.json",
+    "results/pathways.json",
+    "results/pathways.csv",
+    "data/paths.h5",
 ]
 
 
@@ -97,6 +100,7 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("fmce 3/3", 1.0),
         ("targets of conv5 1/", 0.0),
         ("posttrain 2/6", 0.1),
+        ("pathways 1/2", 0.0),
     ]
     for text, later in points:
         process = start(folder, "dvc", "repro")
@@ -107,8 +111,9 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     assert digests(folder) == undisturbed
     found = stages(folder)
     assert len(found.pop("posttrain-arm")) == 3 * 2
+    assert len(found.pop("pathways-arm")) == 2
     assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
-        ["prepare", "train", "markers", "features", "fmce", "posttrain", "report"], 1
+        ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways", "report"], 1
     )
     assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
     store = MlflowClient()

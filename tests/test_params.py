@@ -47,7 +47,7 @@ def test_an_unknown_key_anywhere_names_the_nearest_right_one(tmp_path, text, key
 def test_where_nothing_is_near_the_known_keys_are_listed(tmp_path):
     expected = "unknown key train.augment.zzz; the keys here are pad, flip."
     assert complaint(tmp_path, "train: {augment: {zzz: 3}}") == expected
-    sections = "data, model, train, markers, features, fmce, posttrain, report"
+    sections = "data, model, train, markers, features, fmce, posttrain, pathways, report"
     assert sections in complaint(tmp_path, "zzz: 3")
 
 

@@ -6,14 +6,17 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import mlflow
+import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from PIL import Image
 
 from tests.project import SMALL, command, copy_project, free_port, write_params
 
-STAGES = ["prepare", "train", "markers", "features", "fmce", "posttrain", "report"]
+STAGES = ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways", "report"]
 
 
 @pytest.fixture
@@ -111,7 +114,7 @@ def test_pictures_are_in_the_run_and_among_the_outputs(
 
 def test_the_report_stands_alone(project: Path) -> None:
     page = (project / "results/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 9
     assert "http://" not in page
     assert "https://" not in page
     assert "did not converge" in page
@@ -208,6 +211,59 @@ def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     write_params(copy, {**SMALL, "posttrain": {"modules": ["stage9"]}})
     done = command(copy, "fmce-ops", "posttrain", code=2)
     assert "posttrain.modules names 'stage9'" in done.stderr
+
+
+def test_pathways_has_a_child_run_for_each_training_with_its_costs(project: Path) -> None:
+    (parent,) = runs(project, "pathways")
+    children = {run.data.tags["fmce.arm"]: run for run in runs(project, "pathways-arm")}
+    assert set(children) == {"ratio 0.5", "magnitude at ratio 0.5"}
+    store = client(project)
+    for run in children.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        for name in ("train/loss", "train/sparsity", "val/accuracy", "multiply_adds"):
+            history = store.get_metric_history(run.info.run_id, name)
+            assert [m.step for m in history] == [1, 2], name
+    metrics = children["ratio 0.5"].data.metrics
+    assert 0 <= metrics["open/backbone.conv5.0"] <= 1
+    facts = json.loads((project / "results/pathways.json").read_text())
+    assert parent.data.metrics["final/test_accuracy"] == facts["test_accuracy"]
+
+
+def test_pathways_reports_paths_beside_the_dense_network_and_pruning(project: Path) -> None:
+    facts = json.loads((project / "results/pathways.json").read_text())
+    (row,) = facts["ratios"]
+    assert row["pruned"]["multiply_adds"] <= row["shared"]["multiply_adds"]
+    assert row["shared"]["multiply_adds"] <= facts["dense"]["multiply_adds"]
+    assert len(facts["auc"]) == 8
+    for found in facts["auc"].values():
+        assert set(found) == {"path", "confidence", "features"}
+        assert all(0 <= auc <= 1 for auc in found.values())
+    assert [need["label"] for need in facts["needed_filters"]] == list(range(10))
+    with h5py.File(project / "data/paths.h5") as file:
+        gates = file["gates/backbone.conv5.0"]
+        shape = (len(file["labels"]), gates.attrs["filters"])
+        codes = np.unpackbits(gates[:], axis=1, count=gates.attrs["filters"])
+    assert codes.shape == shape == (len(codes), 1024)
+    answer = evaluated(project, "--model-uri", "models:/fmce-pathways@champion")
+    assert answer["accuracy"] == pytest.approx(facts["test_accuracy"])
+
+
+def test_the_path_of_an_image_is_printed_and_drawn(project: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "seven.png"
+    Image.fromarray(np.eye(20, dtype=np.uint8) * 255).save(picture)
+    drawn = tmp_path / "path.png"
+    done = command(project, "fmce-ops", "paths", "explain", str(picture), "--out", str(drawn))
+    assert "filters open" in done.stdout
+    assert "backbone.conv5.0" in done.stdout
+    assert "classes whose paths are nearest" in done.stdout
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    words = tmp_path / "words.png"
+    words.write_text("no picture")
+    refused = command(project, "fmce-ops", "paths", "explain", str(words), code=2)
+    assert "words.png cannot be read as a picture" in refused.stderr
+    other = ["--model-uri", "models:/fmce-net@champion"]
+    refused = command(project, "fmce-ops", "paths", "explain", str(picture), *other, code=2)
+    assert "has no gates" in refused.stderr
 
 
 def evaluated(project: Path, *words: str, code: int = 0) -> dict[str, object]:

@@ -136,6 +136,21 @@ def test_bad_input_is_refused_with_a_sentence_and_the_server_goes_on(
     assert good[0] == 200
 
 
+def test_gated_networks_answer_with_classes_open_gates_and_an_alarm(project: Path) -> None:
+    words = ["mlflow", "models", "serve", "-m", "models:/fmce-pathways@champion"]
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.float32)
+    with server(project, *words, "--env-manager", "local", ready="/ping") as address:
+        code, answer = ask(address + "/invocations", inputs(images))
+        refused, _ = ask(address + "/invocations", inputs(images[:, :, :5]))
+    assert (code, refused) == (200, 400)
+    found = {name: np.array(values) for name, values in answer["predictions"].items()}
+    assert set(found) == {"probabilities", "open_gates", "adversarial"}
+    np.testing.assert_allclose(found["probabilities"].sum(1), 1)
+    for name in ("open_gates", "adversarial"):
+        assert found[name].shape == (3,)
+        assert ((found[name] >= 0) & (found[name] <= 1)).all()
+
+
 def test_bare_mlflow_ui_shows_the_runs(project: Path) -> None:
     with server(project, "mlflow", "ui", ready="/health") as address:
         body = json.dumps({"max_results": 10}).encode()

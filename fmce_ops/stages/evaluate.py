@@ -57,7 +57,7 @@ def evaluate(model_uri: str, params_file: Path) -> Evaluation:
         There is no such model, or neither the workspace nor DVC's cache has its data.
     """
     folder = model_folder(model_uri)
-    _refuse_unknown_code(folder, params_file)
+    refuse_unknown_code(folder, params_file)
     network, module = load_network(folder)
     on_maps = network.kind == "fmce-net"
     matrix = _on_shards(network, module) if on_maps else _on_images(network, module)
@@ -77,7 +77,7 @@ def evaluate(model_uri: str, params_file: Path) -> Evaluation:
     return result
 
 
-def _refuse_unknown_code(folder: Path, params_file: Path) -> None:
+def refuse_unknown_code(folder: Path, params_file: Path) -> None:
     """A model that names a factory is built by importing it: only what the project itself names."""
     network = Network.read(folder)
     backbone = str(network.spec.get("backbone", ""))

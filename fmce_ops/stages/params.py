@@ -14,6 +14,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 
@@ -59,7 +60,7 @@ class TrainParams(Section):
     batch_size: Count = 128
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Weight = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     augment: AugmentParams = AugmentParams()
     precision: Precision = "32-true"
@@ -105,15 +106,38 @@ class PosttrainParams(Section):
 
     modules: tuple[str, ...] | None = None  # names or first..last; null: the last before the head
     mode: Literal["mixed", "local"] = "mixed"  # local: the targets alone, no cross-entropy
-    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of the corrected logits
+    margin: Weight = 1.0  # of the corrected logits
     pull: Fraction = 0.0  # of the corrected logits towards the mean of their class
     alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 1.0)  # weights of targets
     epochs: Count = 10
     batch_size: Count = 256
     lr: Positive = 5e-5
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-2
+    weight_decay: Weight = 5e-2
     seeds: Count = 3
     images_per_shard: Count = 4096
+
+
+class PathwaysParams(Section):
+    """Gates on the filters (arXiv 1906.01166)."""
+
+    modules: tuple[str, ...] | None = None  # convolutions; null: all but those on shortcuts
+    ratios: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.5,)  # R, of open gates
+    information: Weight = 0.01
+    alignment: Weight = 1.0
+    sparsity: Weight = 3e-3
+    epochs: Count = 10
+    batch_size: Count = 128
+    optimizer: Literal["sgd", "adam"] = "adam"
+    lr: Positive = 1e-3
+    gate_lr: Positive = 1e-2
+    weight_decay: Weight = 1e-4
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    augment: AugmentParams = AugmentParams()
+    tolerance: Fraction = 0.005  # of validation accuracy may be lost by the network to register
+    attacked: Count = 1000  # images of training and of test that are attacked
+    known_attack: Literal["fgsm", "pgd"] = "pgd"  # the one that the detector learns from
+    known_strength: Positive = 8.0  # of 255
+    seed: Seed = 0
 
 
 class ReportParams(Section):
@@ -132,6 +156,7 @@ class Params(Section):
     features: FeaturesParams = FeaturesParams()
     fmce: FmceParams = FmceParams()
     posttrain: PosttrainParams = PosttrainParams()
+    pathways: PathwaysParams = PathwaysParams()
     report: ReportParams = ReportParams()
 
     @model_validator(mode="after")

@@ -15,11 +15,11 @@ from fmce_ops.figures import arms_figure, gradcam, targets_figure
 from fmce_ops.files import write_json, write_table
 from fmce_ops.models import Classifier, functional_modules, load_into
 from fmce_ops.shards import ShardStore
-from fmce_ops.stages.networks import build_classifier, describe_classifier
+from fmce_ops.stages.networks import build_classifier, describe_classifier, on_validation
 from fmce_ops.stages.params import Params
 from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, RESULTS, TARGETS, Stage, now, open_stage
 from fmce_ops.stages.work import publish, vouched
-from fmce_ops.tracking.registry import load_network, log_network, register
+from fmce_ops.tracking.registry import log_network, register
 from fmce_ops.training.comparison import Interval, paired
 from fmce_ops.training.devices import launch
 from fmce_ops.training.posttrain import (
@@ -340,17 +340,8 @@ def _register(study: _Study, winner: _Outcome) -> None:
     step = max((choice.best.epoch for choice in winner.changed.values()), default=0)
     uri = log_network(run, NAME, network, winner.network.state_dict(), example, step=step)
 
-    def on_the_same_images(folder: Path) -> float | None:
-        standing, champion = load_network(folder)
-        if (standing.kind, standing.input_shape) != (network.kind, network.input_shape):
-            return None
-        if standing.spec["classes"] != network.spec["classes"]:
-            return None
-        return judge_images(
-            champion, images, "val", standing.spec["image_size"], study.fabric.device
-        ).accuracy
-
-    made = register(run, NAME, uri, winner.val.accuracy, on_the_same_images)
+    judge = on_validation(network, images, study.fabric.device)
+    made = register(run, NAME, uri, winner.val.accuracy, judge)
     changed = ", ".join(sorted(winner.changed)) or "none: the incoming weights stay"
     run.tags(
         {

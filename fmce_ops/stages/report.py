@@ -19,9 +19,14 @@ PICTURES = {
     "gradcam": RESULTS / "features" / "gradcam.png",
     "confusion": RESULTS / "fmce" / "confusion.png",
     "arms": RESULTS / "posttrain" / "arms.png",
+    "tradeoff": RESULTS / "pathways" / "tradeoff.png",
+    "similarity": RESULTS / "pathways" / "similarity.png",
+    "needed": RESULTS / "pathways" / "needed.png",
+    "detection": RESULTS / "pathways" / "detection.png",
 }
 FACTS = {
-    name: RESULTS / f"{name}.json" for name in ("prepare", "train", "features", "fmce", "posttrain")
+    name: RESULTS / f"{name}.json"
+    for name in ("prepare", "train", "features", "fmce", "posttrain", "pathways")
 }
 
 

@@ -24,6 +24,7 @@ CHECKPOINTS = Path("data/checkpoints")
 PHASES = Path("data/phases")
 FMCS = Path("data/fmcs")
 TARGETS = Path("data/targets")
+PATHS = Path("data/paths.h5")
 RESULTS = Path("results")
 LOSSES, MARKERS = RESULTS / "losses.csv", RESULTS / "markers.json"
 
@@ -38,6 +39,7 @@ class Stage:
     run : its tracked run; None in the processes beside the first.
     reporter : tells the run and the terminal.
     inputs : path -> MD5 of what it reads.
+    listeners : reporters beside the run.
     """
 
     name: str
@@ -45,6 +47,16 @@ class Stage:
     run: Run | None
     reporter: Reporter
     inputs: Mapping[str, str]
+    listeners: Sequence[Reporter] = ()
+
+    @contextmanager
+    def beneath(self, name: str, tags: Mapping[str, str]) -> Iterator[Reporter]:
+        """A reporter with a run of its own beneath the stage's, for one training of several."""
+        if self.run is None:
+            yield Reporters()
+            return
+        with self.run.child(name, {**tags, "fmce.stage": f"{self.name}-arm"}) as child:
+            yield Reporters(child, *self.listeners)
 
     def figure(self, figure: "Figure", name: str) -> None:
         """Show a picture in the run and keep it as an output of the stage."""
@@ -95,7 +107,8 @@ def open_stage(
             _record_inputs(run, params, digests)
             if fabric is not None:
                 fabric.barrier()
-            yield Stage(name, work.path, run, Reporters(run, *listeners), digests)
+            reporter = Reporters(run, *listeners)
+            yield Stage(name, work.path, run, reporter, digests, listeners)
             made = _digests(outputs)
             run.tags({OUTPUT_TAG + path: value for path, value in made.items()})
         work.finish({str(path): made[str(path)] for path in outputs if path.is_file()})

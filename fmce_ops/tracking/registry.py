@@ -67,8 +67,12 @@ def _logged(run: Run, name: str) -> str | None:
 
 def _signature(network: Network) -> ModelSignature:
     inputs = TensorSpec(np.dtype(np.float32), (-1, *network.input_shape), name=None)
-    outputs = TensorSpec(np.dtype(np.float64), (-1, network.answers), name=None)
-    return ModelSignature(Schema([inputs]), Schema([outputs]))
+    named = len(network.answers) > 1
+    outputs = [
+        TensorSpec(np.dtype(np.float64), (-1, *shape), name=name if named else None)
+        for name, shape in network.answers.items()
+    ]
+    return ModelSignature(Schema([inputs]), Schema(outputs))
 
 
 @dataclass(frozen=True)

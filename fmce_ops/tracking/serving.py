@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from fmce_ops.data import to_input
 from fmce_ops.errors import ModelError
 from fmce_ops.files import write_json
 from fmce_ops.models import FmceNet, build, load_into, save_weights
+from fmce_ops.pathways import PathNetwork
 
-Kind = Literal["fmce-net", "classifier"]
+Kind = Literal["fmce-net", "classifier", "pathways"]
 NETWORK, WEIGHTS = "network.json", "weights.safetensors"
 
 
@@ -44,7 +45,7 @@ class Network:
         """The description in a model folder; nothing is built yet."""
         with _described(folder):
             raw = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
-            if raw["kind"] not in ("fmce-net", "classifier"):
+            if raw["kind"] not in get_args(Kind):
                 raise ValueError(f"unknown kind {raw['kind']!r}")
             return cls(raw["kind"], dict(raw["spec"]), dict(raw["made_from"]))
 
@@ -57,21 +58,27 @@ class Network:
         return self.spec["channels"], self.spec["side"], self.spec["side"]
 
     @property
-    def answers(self) -> int:
-        """How many probabilities an input gets: phases or classes."""
-        return int(self.spec["phases"]) if self.kind == "fmce-net" else len(self.spec["classes"])
+    def answers(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what an input gets; the probabilities are of phases or classes."""
+        of_image = {"open_gates": (), "adversarial": ()} if self.kind == "pathways" else {}
+        count = self.spec["phases"] if self.kind == "fmce-net" else len(self.spec["classes"])
+        return {"probabilities": (count,), **of_image}
 
     def build(self) -> nn.Module:
         """The network that the description names, with random weights."""
         if self.kind == "fmce-net":
             return FmceNet(self.input_shape, self.spec["phases"])
-        return build(
+        classes = len(self.spec["classes"])
+        classifier = build(
             self.spec["backbone"],
-            len(self.spec["classes"]),
+            classes,
             stem=self.spec["stem"],
             cut=self.spec["cut"],
             in_size=self.spec["image_size"],
         )
+        if self.kind == "classifier":
+            return classifier
+        return PathNetwork(classifier, classes, self.spec["modules"])
 
     def prepare(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the network itself takes, from what a user sends."""
@@ -123,10 +130,15 @@ class Predictor:
     module: nn.Module
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
-        """(n, C, H, W) finite numbers -> (n, K) float64 probabilities."""
-        inputs = self._checked(model_input)
-        answers = [self._probabilities(part) for part in torch.from_numpy(inputs).split(256)]
-        return np.concatenate(answers)
+        """(n, C, H, W) finite numbers -> (n, K) float64 probabilities.
+
+        A network with gates answers by name: ``probabilities``, ``open_gates`` (n,) the share of
+        filters that an image took, ``adversarial`` (n,) the detector's score, 0 to 1.
+        """
+        inputs = torch.from_numpy(self._checked(model_input))
+        parts = [self._answer(part) for part in inputs.split(256)]
+        answers = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return answers if len(answers) > 1 else answers["probabilities"]
 
     def _checked(self, model_input: Any) -> NDArray[np.float32]:
         expected = ("n", *self.network.input_shape)
@@ -143,11 +155,22 @@ class Predictor:
         return np.ascontiguousarray(inputs)
 
     @torch.inference_mode()
-    def _probabilities(self, inputs: torch.Tensor) -> NDArray[np.float64]:
-        logits = self.module(self.network.prepare(inputs)).double()
-        if not torch.isfinite(logits).all():
-            raise _refusal("the input is so large that the network overflows: scale it down.")
-        return logits.softmax(dim=1).numpy()
+    def _answer(self, inputs: torch.Tensor) -> dict[str, NDArray[np.float64]]:
+        prepared = self.network.prepare(inputs)
+        if not isinstance(self.module, PathNetwork):
+            return {"probabilities": _probabilities(self.module(prepared))}
+        found = self.module.answer(prepared)
+        return {
+            "probabilities": _probabilities(found.logits),
+            "open_gates": found.codes.double().mean(1).numpy(),
+            "adversarial": found.adversarial.double().numpy(),
+        }
+
+
+def _probabilities(logits: torch.Tensor) -> NDArray[np.float64]:
+    if not torch.isfinite(logits).all():
+        raise _refusal("the input is so large that the network overflows: scale it down.")
+    return logits.double().softmax(dim=1).numpy()
 
 
 def _refusal(sentence: str) -> MlflowException:

@@ -1,0 +1,256 @@
+"""Stage ``pathways``: the path that an image takes through the filters, and what it is good for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmce_ops.data import Images
+from fmce_ops.files import write_json, write_table
+from fmce_ops.models import load_into
+from fmce_ops.path_figures import (
+    detection_figure,
+    needs_figure,
+    profiles_figure,
+    similarity_figure,
+    tradeoff_figure,
+)
+from fmce_ops.pathways import (
+    PathNetwork,
+    compact,
+    fixed,
+    path_codes,
+    profiles,
+    similarity,
+    split_code,
+    write_codes,
+)
+from fmce_ops.stages.networks import build_classifier, describe_classifier, on_validation
+from fmce_ops.stages.params import Params
+from fmce_ops.stages.path_study import Judged, Outcome, Study
+from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, PATHS, RESULTS, now, open_stage
+from fmce_ops.stages.work import vouched
+from fmce_ops.tracking.registry import log_network, register
+from fmce_ops.tracking.serving import Network
+from fmce_ops.training.adversarial import (
+    Detection,
+)
+from fmce_ops.training.devices import launch
+from fmce_ops.training.latency import milliseconds
+from fmce_ops.training.pathways import (
+    confirm_needed,
+    judge_paths,
+)
+from fmce_ops.training.reporter import Reporter
+
+SECTIONS = ["data", "model", "pathways"]
+NAME = "fmce-pathways"
+METRICS, TABLE = RESULTS / "pathways.json", RESULTS / "pathways.csv"
+SPEED = RESULTS / "pathways" / "speed.json"  # apart: no two measurements are the same
+_KINDS = ("paths", "shared", "pruned")
+_FINALS = ("val_accuracy", "test_accuracy", "multiply_adds")
+_BATCH, _TIMED = 64, 512  # images that are timed together, and that they are taken from
+_READ = 512  # images whose paths are read at a time
+
+
+def run(params: Params, progress: Reporter | None = None) -> None:
+    """Write ``results/pathways.json``, ``pathways.csv``, ``data/paths.h5``; register the best."""
+    fabric = launch()
+    with (
+        open_stage(
+            "pathways",
+            params,
+            SECTIONS,
+            inputs=[IMAGES, CHECKPOINTS],
+            outputs=[METRICS, TABLE, PATHS],
+            progress=progress,
+            fabric=fabric,
+        ) as stage,
+        Images.open(IMAGES) as images,
+    ):
+        classifier = build_classifier(params, len(images.classes))
+        load_into(classifier, vouched(CHECKPOINTS)[-1])
+        study = Study(fabric, stage, params, images, classifier.eval())
+        outcomes = [study.outcome(ratio) for ratio in params.pathways.ratios]
+        if fabric.is_global_zero:
+            _publish(study, outcomes)
+
+
+def choose(dense: float, accuracies: Sequence[float], costs: Sequence[float], loss: float) -> int:
+    """The cheapest network that loses at most ``loss`` on validation, else the most accurate one.
+
+    Parameters
+    ----------
+    dense : accuracy of the network without gates.
+    """
+    good = [i for i, accuracy in enumerate(accuracies) if accuracy >= dense - loss]
+    if good:
+        return min(good, key=lambda i: costs[i])
+    return max(range(len(accuracies)), key=lambda i: accuracies[i])
+
+
+def _publish(study: Study, outcomes: list[Outcome]) -> None:
+    stage, settings, classes = study.stage, study.params.pathways, len(study.images.classes)
+    dense = study.judged(study.gated, controllers=False)
+    paths = [outcome.paths for outcome in outcomes]
+    chosen = outcomes[
+        choose(
+            dense.val_accuracy,
+            [found.val_accuracy for found in paths],
+            [found.multiply_adds for found in paths],
+            settings.tolerance,
+        )
+    ]
+    network, labels = chosen.paths.network, study.split("test").labels.cpu()
+    detection = study.detection(network)
+    network.cpu()
+    codes = judge_paths(network, study.split("test"))[2]
+    train_codes, train_labels = _learnt(study, network)
+    found = profiles(train_codes, train_labels, classes)
+    alike = similarity(codes, labels, classes)
+    shown = study.split("test", settings.attacked)
+    needs = [
+        confirm_needed(network, found, label, shown, settings.seed) for label in range(classes)
+    ]
+    summary = {
+        "dense": _record(dense),
+        "ratios": [
+            {
+                "ratio": outcome.ratio,
+                "open": float(outcome.codes.float().mean()),
+                "closed_layers": _closed(outcome),
+                **{kind: _record(getattr(outcome, kind)) for kind in _KINDS},
+            }
+            for outcome in outcomes
+        ],
+        "chosen_ratio": chosen.ratio,
+        "val_accuracy": chosen.paths.val_accuracy,
+        "test_accuracy": chosen.paths.test_accuracy,
+        "multiply_adds": chosen.paths.multiply_adds / dense.multiply_adds,
+        "auc": {
+            attack: {name: curve.auc for name, curve in curves.items()}
+            for attack, curves in detection.curves.items()
+        },
+        "accuracy_under_attack": detection.accuracy,
+        "similarity": _similarity(alike),
+        "needed_filters": [asdict(need) for need in needs],
+    }
+    speed = _speed(study, outcomes)
+    write_json(METRICS, summary)
+    write_json(SPEED, speed)
+    write_table(TABLE, _rows(outcomes))
+    write_codes(PATHS, split_code(network, codes), labels)
+    names = list(study.images.classes)
+    stage.figure(tradeoff_figure(summary, speed), "tradeoff.png")
+    stage.figure(similarity_figure(alike, names), "similarity.png")
+    stage.figure(profiles_figure(split_code(network, found), names), "filters.png")
+    stage.figure(needs_figure(needs, names), "needed.png")
+    stage.figure(detection_figure(detection), "detection.png")
+    if stage.run:
+        _log(study, summary, speed)
+        _register(study, chosen, found, detection)
+
+
+def _learnt(study: Study, network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Codes and labels of training images."""
+    pixels, labels = study.images.read("train", 0, study.images.counts["train"])
+    parts = [path_codes(network, study.pixels.input(part)) for part in pixels.split(_READ)]
+    return torch.cat(parts), labels
+
+
+def _record(found: Judged) -> dict[str, float]:
+    return {
+        "val_accuracy": found.val_accuracy,
+        "test_accuracy": found.test_accuracy,
+        "multiply_adds": found.multiply_adds,
+    }
+
+
+def _closed(outcome: Outcome) -> list[str]:
+    """Layers whose gates are closed for every validation image at the end."""
+    return [name for name, share in outcome.history[-1].open.items() if share == 0]
+
+
+def _similarity(alike: Tensor) -> dict[str, float]:
+    """Mean agreement of paths within and between classes."""
+    same = torch.eye(len(alike), dtype=torch.bool)
+    return {
+        "within": float(alike[same].nanmean()),
+        "between": float(alike[~same].nanmean()),
+    }
+
+
+def _speed(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Milliseconds of an image, alone and in a batch; every network as it is best run."""
+    pixels, labels = study.images.read("test", 0, min(_TIMED, study.images.counts["test"]))
+    inputs = study.pixels.input(pixels)
+    alike = inputs[labels.argsort(stable=True)][:_BATCH]  # images of like paths together
+    everything = torch.ones(outcomes[0].codes.shape[1], dtype=torch.bool)
+
+    def timed(network: nn.Module, batch: Tensor = inputs[:_BATCH]) -> dict[str, float]:
+        return {"alone": milliseconds(network, inputs[:1]), "batch": milliseconds(network, batch)}
+
+    found: dict[str, Any] = {"dense": timed(fixed(study.gated, everything)), "ratios": []}
+    for outcome in outcomes:
+        found["ratios"].append(
+            {
+                "paths": timed(compact(outcome.paths.network), alike),
+                "shared": timed(fixed(outcome.paths.network, outcome.common)),
+                "pruned": timed(fixed(outcome.pruned.network, outcome.kept)),
+            }
+        )
+    return found
+
+
+def _rows(outcomes: Sequence[Outcome]) -> list[list[object]]:
+    """Every epoch of every ratio."""
+    rows: list[list[object]] = []
+    for outcome in outcomes:
+        for epoch in outcome.history:
+            values = {k: v for k, v in epoch.row().values.items() if k != "images_per_second"}
+            if not rows:
+                rows.append(["ratio", *values])
+            rows.append([outcome.ratio, *values.values()])
+    return rows
+
+
+def _log(study: Study, summary: dict[str, Any], speed: dict[str, Any]) -> None:
+    run = study.stage.run
+    assert run is not None
+    finals = {
+        f"auc/{a}/{d}": auc for a, found in summary["auc"].items() for d, auc in found.items()
+    }
+    finals |= {f"final/{name}": summary[name] for name in _FINALS}
+    finals["ms_alone/dense"] = speed["dense"]["alone"]
+    for row, times in zip(summary["ratios"], speed["ratios"], strict=True):
+        for kind in _KINDS:
+            finals[f"ms_alone/{kind}_{row['ratio']:g}"] = times[kind]["alone"]
+    run.final({name.replace(" ", "_"): value for name, value in finals.items()}, now())
+    closed = {f"{row['ratio']:g}": row["closed_layers"] for row in summary["ratios"]}
+    run.tags({"fmce.closed_layers": json.dumps(closed)})
+    for path in (METRICS, SPEED, TABLE):
+        run.file(path)
+
+
+def _register(study: Study, chosen: Outcome, found: Tensor, detection: Detection) -> None:
+    run, images = study.stage.run, study.images
+    assert run is not None
+    modules = study.params.pathways.modules
+    plain = describe_classifier(study.params, images, study.stage.inputs[str(IMAGES)])
+    network = Network("pathways", {**plain.spec, "modules": modules}, plain.made_from)
+    served = PathNetwork(study.classifier, len(images.classes), modules)
+    served.gated.load_state_dict(chosen.paths.network.state_dict())
+    served.profiles.copy_(found)
+    with torch.no_grad():
+        served.detector.weight.copy_(torch.from_numpy(detection.detector.weight))
+        served.detector.bias.fill_(detection.detector.bias)
+    example = images.read("train", 0, 2)[0].to(torch.float32).numpy()
+    step = len(chosen.history)
+    uri = log_network(run, NAME, network, served.state_dict(), example, step=step)
+
+    judge = on_validation(network, images, study.fabric.device)
+    made = register(run, NAME, uri, chosen.paths.val_accuracy, judge)
+    run.tags({"fmce.registered": f"{made.name} version {made.version} ({made.alias})"})
