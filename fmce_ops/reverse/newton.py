@@ -18,18 +18,23 @@ _NARROWEST, _WIDTH, _WIDEST = 1e-3, 3e-2, 0.3  # of kinks, the second to begin w
 
 @dataclass(frozen=True)
 class Problem:
-    """Bring module(x) to ``target`` from ``x0``, n samples; damping and goal are (n,)."""
+    """Bring module(x) to ``target`` from ``x0``, n samples.
+
+    Attributes
+    ----------
+    damping, goal, bound : (n,); |x - x0| stays within the last.
+    """
 
     module: nn.Module
     target: Tensor
     x0: Tensor
     damping: Tensor
     goal: Tensor
+    bound: Tensor
 
     def take(self, rows: Tensor) -> "Problem":
-        return Problem(
-            self.module, self.target[rows], self.x0[rows], self.damping[rows], self.goal[rows]
-        )
+        columns = self.target, self.x0, self.damping, self.goal, self.bound
+        return Problem(self.module, *(column[rows] for column in columns))
 
     def merit(self, rest: Tensor, x: Tensor) -> Tensor:
         """(n,) what Gauss-Newton lowers: what is missing to the target, and the damped change."""
@@ -120,7 +125,7 @@ def _descend(problem: Problem, search: Search, rows: Tensor, step: Tensor, merit
         x = search.x[rows[tried]] + step[tried] * 0.5**halving
         output = output_of(here.module, x)
         ratio = here.merit(output.rest(here.target), x) / merit[tried]
-        lower = ratio < 1 - _STALLED
+        lower = (ratio < 1 - _STALLED) & (norms(x - here.x0) <= here.bound)
         taken = rows[tried[lower]]
         search.x[taken] = x[lower]
         search.distance[taken] = output.distance(here.target)[lower]
