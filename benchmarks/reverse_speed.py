@@ -1,15 +1,19 @@
-"""How long a reverse step takes, as ratios to other ways and to the forward pass.
+"""How long a reverse step takes, beside other ways and the forward pass, and what memory.
 
 python benchmarks/reverse_speed.py            # prints the table
 python benchmarks/reverse_speed.py --write    # and keeps it in benchmarks/reverse_speed.md
 """
 
 import argparse
+import math
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +30,8 @@ CHANNELS = (32, 16)  # wide, so that every target is reached
 TOLERANCE = 1e-6  # of lsmr; the engine solves float32 maps to about that
 DENSE = 2**28  # elements of the explicit matrix that still fit
 SPARSE = 2**27  # of the sparse one
+BATCHES, SIDES = (1, 2, 4, 8), (16, 32, 64, 128)
+LINEAR = 1.1  # exponent of a growth that still counts as linear
 
 
 def main() -> None:
@@ -33,8 +39,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="keep the table in reverse_speed.md")
     options = parser.parse_args()
+    memory = memory_table()  # first: a process inherits the peak of the one that starts it
     torch.manual_seed(0)
-    text = report(options.repetitions)
+    text = report(options.repetitions) + memory
     print(text)
     if options.write:
         Path(__file__).with_suffix(".md").write_text(text)
@@ -173,6 +180,60 @@ def stage_row(name: str, repetitions: int) -> str:
         f"| {name} | {size} | {there * 1e3:.0f} | {back * 1e3:.0f} | {back / there:.1f} | "
         f"<= 40: {verdict} | {result.residual.median():.3f} | {statuses} |"
     )
+
+
+def memory_table() -> str:
+    """Markdown: how the peak memory of a reverse step grows with the batch and with the image."""
+    lines = [
+        "",
+        "Growth of the peak resident memory over a small reverse step, in MiB, each figure from a "
+        "process of its own. The exponent is that of the growth from the first figure to the last "
+        f"against the elements; up to {LINEAR} counts as linear.",
+        "",
+        "| module | at | first | second | third | last | exponent | goal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("convolution", "layer3"):
+        batches = [peak(name, 4 * batch, 32) for batch in BATCHES]
+        sides = [peak(name, 1, side) for side in SIDES]
+        lines += [
+            memory_row(f"{name}, 32 px | batch 4, 8, 16, 32", batches, 8),
+            memory_row(f"{name}, batch 1 | 16, 32, 64, 128 px", sides, 64),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def memory_row(cells: str, growth: list[float], factor: int) -> str:
+    exponent = math.log(growth[-1] / growth[0]) / math.log(factor)
+    verdict = "met" if exponent <= LINEAR else "**missed**"
+    figures = " | ".join(f"{value:.0f}" for value in growth)
+    return f"| {cells} | {figures} | {exponent:.2f} | <= {LINEAR}: {verdict} |"
+
+
+def peak(name: str, batch: int, side: int) -> float:
+    """MiB by which the peak memory of a new process grows."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(growth, name, batch, side).result()
+
+
+def growth(name: str, batch: int, side: int) -> float:
+    """MiB by which a reverse step of (batch, channels, side, side) raises the peak of this one."""
+    module = (
+        nn.Conv2d(*CHANNELS, 3, padding=1) if name == "convolution" else models.resnet18().layer3
+    )
+    channels = next(module.parameters()).shape[1]
+
+    def step(count: int, size: int) -> None:
+        x0 = torch.randn(count, channels, size, size)
+        with torch.no_grad():
+            target = module.eval()(x0 + 0.1 * torch.randn_like(x0))
+        reverse(module, target, x0)
+
+    step(1, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(batch, side)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def seconds(work: Callable[[], object], repetitions: int) -> float:

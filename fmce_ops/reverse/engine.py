@@ -185,15 +185,16 @@ def _answer(
     """What the search finds; where that breaks a bound, what damping finds; else x0."""
     size = norms(x0)
     size = torch.where(size > 0, size, 1)
-    problem = Problem(
-        module, target, x0, torch.full_like(gap, settings.damping), gap * settings.tolerance
-    )
+    damping, bound = torch.full_like(gap, settings.damping), torch.full_like(gap, torch.inf)
+    problem = Problem(module, target, x0, damping, gap * settings.tolerance, bound)
     found = _search(settings, problem, gap, size)
     broken = (found.status == Status.KEPT).nonzero()[:, 0]
     if len(broken) and gap[broken].isfinite().any():
         # For a linear map |d| <= |r| / (2 damping), so this damping keeps the bound.
         heavy = (gap / (2 * settings.max_change * size)).nan_to_num(posinf=1.0)
-        part = replace(problem, damping=torch.maximum(problem.damping, heavy)).take(broken)
+        bound = settings.max_change * size
+        held = replace(problem, damping=torch.maximum(problem.damping, heavy), bound=bound)
+        part = held.take(broken)
         second = _search(settings, part, gap[broken], size[broken])
         second.status[second.status != Status.KEPT] = Status.DAMPED
         for name, column in vars(found).items():

@@ -1,38 +1,44 @@
 """Damped Gauss-Newton: the reverse step of any differentiable module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fmce_ops.reverse.products import Linearised, Output, output_of
-from fmce_ops.reverse.solver import least_squares, norms, spread
+from fmce_ops.reverse.products import Linearised, output_of
+from fmce_ops.reverse.solver import Solution, least_squares, norms, spread
 
-_SHARE = 2  # a step may spend one part in so many of all iterations
+_LEAST, _SHARE = 6, 8  # iterations of a step: so many, or this part of those before it
 _FORCING = 0.1  # part of the residual that a step may leave over
 _HALVINGS = 6
 _STALLED = 1e-3  # a step that promises to take less than this part of the residual is none
+_POOR = 0.9  # part of the residual left by a step whose kinks were too wide
+_NARROWEST, _WIDTH, _WIDEST = 1e-3, 3e-2, 0.3  # of kinks, the second to begin with
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Bring module(x) to ``target`` from ``x0``, n samples; damping and goal are (n,)."""
+    """Bring module(x) to ``target`` from ``x0``, n samples.
+
+    Attributes
+    ----------
+    damping, goal, bound : (n,); |x - x0| stays within the last.
+    """
 
     module: nn.Module
     target: Tensor
     x0: Tensor
     damping: Tensor
     goal: Tensor
+    bound: Tensor
 
     def take(self, rows: Tensor) -> "Problem":
-        return Problem(
-            self.module, self.target[rows], self.x0[rows], self.damping[rows], self.goal[rows]
-        )
+        columns = self.target, self.x0, self.damping, self.goal, self.bound
+        return Problem(self.module, *(column[rows] for column in columns))
 
-    def merit(self, output: Output, x: Tensor) -> Tensor:
-        """(n,) what Gauss-Newton lowers: the residual and the damped change."""
-        rest = norms(output.rest(self.target))
-        return (rest.square() + (self.damping * norms(x - self.x0)).square()).sqrt()
+    def merit(self, rest: Tensor, x: Tensor) -> Tensor:
+        """(n,) what Gauss-Newton lowers: what is missing to the target, and the damped change."""
+        return (norms(rest).square() + (self.damping * norms(x - self.x0)).square()).sqrt()
 
 
 @dataclass
@@ -57,79 +63,71 @@ def gauss_newton(problem: Problem, search: Search, max_iterations: int) -> None:
     """Improve ``search`` until the distance is within the goal or no step helps.
 
     Every step minimises |J d - r|^2 + damping^2 |x + d - x0|^2 by `least_squares` and is halved
-    until the residual falls. Units that a ReLU holds at rest have no derivative though the module
-    may reach their target; where the true derivative has no more to give, a second pass looks for
-    inputs that wake them, see `Output`, and counts where it ends nearer.
+    until the residual falls. J takes ReLUs for smooth ones, see `Linearised`: with the true
+    derivative, which knows no unit that rests, the search ends in local minima. The kinks get wider
+    after a good step and narrower after a poor one; a sample is done when the narrowest bring
+    nothing and all widths before them, from the widest, brought nothing either.
 
     Parameters
     ----------
-    max_iterations : of the least-squares solver, for each sample in each pass.
+    max_iterations : of the least-squares solver, for each sample.
     """
-    rests = _improve(problem, search, max_iterations, hinge=False)
-    rows = (search.stationary & (search.distance > problem.goal)).nonzero()[:, 0]
-    if not (rests and len(rows)):
-        return
-    none = torch.zeros_like(rows)
-    second = Search(search.x[rows], search.distance[rows], none, none.bool())
-    _improve(problem.take(rows), second, max_iterations, hinge=True)
-    search.iterations[rows] += second.iterations
-    better = second.distance < search.distance[rows]
-    won = rows[better]
-    search.x[won], search.distance[won] = second.x[better], second.distance[better]
-    search.stationary[won] = second.stationary[better]
-
-
-def _improve(problem: Problem, search: Search, max_iterations: int, hinge: bool) -> bool:
-    """One pass; returns whether there are ReLUs in the module."""
-    rests = False
+    width = torch.full_like(problem.goal, _WIDTH)
+    swept = torch.full_like(problem.goal, torch.inf)  # distances when the narrowest failed
     rows = (search.distance > problem.goal).nonzero()[:, 0]
     while len(rows):
         here, x = problem.take(rows), search.x[rows]
-        linearised = Linearised(here.module, x, here.target, hinge)
-        rests = linearised.output.rests
-        left = max_iterations - int(search.iterations[rows].min())
-        most = min(left, -(-max_iterations // _SHARE))
-        step, spent, merit, promising = _step(here, x, linearised, most)
-        search.iterations[rows] += spent
-        falling = _descend(problem, search, rows, step, merit, promising, hinge)
-        search.stationary[rows] = ~falling
-        going = falling & (search.distance[rows] > here.goal)
-        rows = rows[going & (search.iterations[rows] < max_iterations)]
-    return rests
+        linearised = Linearised(here.module, x, here.target, width[rows])
+        spent = search.iterations[rows]
+        most = torch.minimum((spent // _SHARE).clamp(min=_LEAST), max_iterations - spent)
+        step = _step(here, x, linearised, width[rows], most)
+        search.iterations[rows] += step.iterations.clamp(min=1)
+        merit = here.merit(linearised.output.rest(here.target), x)
+        left = _descend(problem, search, rows, step.step, merit)
+        failed, smoothed, distance = left == 1, linearised.output.smoothed, search.distance[rows]
+        search.stationary[rows] = failed
+        swept_now = failed & (width[rows] <= _NARROWEST)
+        done = (swept_now & (distance >= swept[rows])) | (failed & (not smoothed))
+        swept[rows] = torch.where(swept_now, distance, swept[rows])
+        wider = (width[rows] * torch.where(left > _POOR, 0.5, 2.0)).clamp(_NARROWEST, _WIDEST)
+        width[rows] = torch.where(swept_now, _WIDEST, wider)
+        done |= (distance <= here.goal) | (search.iterations[rows] >= max_iterations)
+        rows = rows[~done]
 
 
 def _step(
-    problem: Problem, x: Tensor, linearised: Linearised, most: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The Gauss-Newton step, its iterations, the merit before it, and if it promises anything."""
-    rest, merit = linearised.output.rest(problem.target), problem.merit(linearised.output, x)
+    problem: Problem, x: Tensor, linearised: Linearised, width: Tensor, most: Tensor
+) -> Solution:
+    """The Gauss-Newton step; 0 where it promises nothing."""
+    rest = linearised.output.before(problem.target, width)[1]
     gradient = linearised.pull(rest) - spread(problem.damping.square(), x) * (x - problem.x0)
-    wanted = (problem.goal / merit.clamp(min=1e-300) / 2).clamp(min=_FORCING)
-    found = least_squares(linearised, gradient, merit, problem.damping, wanted, most)
-    promising = found.residual < (1 - _STALLED) * merit
-    return found.step, found.iterations.clamp(min=1), merit, promising
+    length = problem.merit(rest, x)
+    wanted = (problem.goal / length.clamp(min=1e-300) / 2).clamp(min=_FORCING)
+    found = least_squares(linearised, gradient, length, problem.damping, wanted, most)
+    promising = found.residual < (1 - _STALLED) * length
+    return replace(found, step=found.step * spread(promising, x))
 
 
-def _descend(
-    problem: Problem,
-    search: Search,
-    rows: Tensor,
-    step: Tensor,
-    merit: Tensor,
-    promising: Tensor,
-    hinge: bool,
-) -> Tensor:
-    """Take the promising steps, halved until they lower the merit; (n,) where one did."""
-    better = torch.zeros_like(promising)
+def _descend(problem: Problem, search: Search, rows: Tensor, step: Tensor, merit: Tensor) -> Tensor:
+    """Take the steps, halved until they lower the merit.
+
+    Returns
+    -------
+    (n,) the part of the merit that is left, 1 where no step was taken.
+    """
+    left = torch.ones_like(merit)
+    some = norms(step) > 0
     for halving in range(_HALVINGS):
-        left = (promising & ~better).nonzero()[:, 0]
-        if not len(left):
+        tried = (some & (left == 1)).nonzero()[:, 0]
+        if not len(tried):
             break
-        here, x = problem.take(rows[left]), search.x[rows[left]] + step[left] * 0.5**halving
-        output = output_of(here.module, x, hinge)
-        lower = here.merit(output, x) < (1 - _STALLED) * merit[left]
-        taken = rows[left[lower]]
+        here = problem.take(rows[tried])
+        x = search.x[rows[tried]] + step[tried] * 0.5**halving
+        output = output_of(here.module, x)
+        ratio = here.merit(output.rest(here.target), x) / merit[tried]
+        lower = (ratio < 1 - _STALLED) & (norms(x - here.x0) <= here.bound)
+        taken = rows[tried[lower]]
         search.x[taken] = x[lower]
         search.distance[taken] = output.distance(here.target)[lower]
-        better[left[lower]] = True
-    return better
+        left[tried[lower]] = ratio[lower]
+    return left

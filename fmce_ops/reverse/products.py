@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fmce_ops.errors import ReverseError
-from fmce_ops.reverse.solver import norms
+from fmce_ops.reverse.solver import norms, spread
 
-_SLOPE = 0.1  # of units that rest and may wake
+_REACH = 3  # widths of a kink that a unit may rest below it and be woken
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 
 
@@ -44,43 +44,45 @@ def _set_inplace(parts: list[Any], value: bool) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """What a module made of a batch.
+    """What a module made of a batch; where it ends in a ReLU, targets below 0 count as 0.
 
-    Where it ends in a ReLU, targets below 0 count as 0. A unit that rests there has no derivative
-    even where its target is above 0. With ``hinge`` the value is therefore taken before the ReLU:
-    such a unit is pulled up, and one that shall rest and does is left alone. The ReLUs before the
-    last keep their values and get the derivative of a leaky one, so that their units can wake.
+    Attributes
+    ----------
+    value : (n, ...).
+    entry : (n, ...) what went into the ReLU that made the value, or None.
+    smoothed : whether ReLUs have the derivatives of smooth ones.
     """
 
     value: Tensor
-    rests: bool  # a ReLU was on the way
-    rectified: bool  # and it was the last operation
-    hinge: bool
+    entry: Tensor | None
+    smoothed: bool
 
     def rest(self, target: Tensor) -> Tensor:
         """(n, ...) what is missing to the target."""
-        if not self.rectified:
-            return target - self.value
-        rest = target.clamp(min=0) - self.value
-        return rest * self.pulled(target) if self.hinge else rest
-
-    def pulled(self, target: Tensor) -> Tensor:
-        """(n, ...) before a ReLU: the units that do not yet rest as they should."""
-        return (target > 0) | (self.value > 0)
+        return (target if self.entry is None else target.clamp(min=0)) - self.value
 
     def distance(self, target: Tensor) -> Tensor:
         """(n,) |target - output|."""
-        hidden = self.rectified and self.hinge
-        return norms(target - (self.value.clamp(min=0) if hidden else self.value))
+        return norms(target - self.value)
+
+    def before(self, target: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """The value before a last ReLU and what is missing to the target there, (n, ...) each.
+
+        Units that rest within reach of the kink are pulled up where their target is above 0; the
+        others that rest are left alone, which is 0 in both.
+        """
+        if self.entry is None:
+            return self.value, self.rest(target)
+        z = self.entry.detach()
+        kept = (z > 0) | ((target > 0) & (z > -_REACH * _kinks(z, width)))
+        return self.entry * kept, (target.clamp(min=0) - z) * kept
 
 
-def output_of(module: nn.Module, x: Tensor, hinge: bool = False) -> Output:
+def output_of(module: nn.Module, x: Tensor, width: Tensor | None = None) -> Output:
     """Run the module on (n, ...) with the derivatives that `Linearised` needs."""
-    with sdpa_kernel(SDPBackend.MATH), _Rewritten(hinge) as rewritten:
+    with sdpa_kernel(SDPBackend.MATH), _Rewritten(width) as rewritten:
         y = module(x.clone())  # its first operation may be in place
-    rectified = rewritten.output is y
-    value = rewritten.input if rectified and hinge else y
-    return Output(value, rewritten.output.numel() > 0, rectified, hinge)
+    return Output(y, rewritten.entry if rewritten.exit is y else None, rewritten.smoothed)
 
 
 class Linearised:
@@ -90,28 +92,40 @@ class Linearised:
     backward pass on a graph that is built once, and cheaper than forward mode, which repeats the
     module for every vector. Forward mode steps in where an operation has no second derivative.
 
+    A unit that a ReLU holds at rest has no derivative, though a step may wake it. With ``target``
+    and ``width`` ReLUs get the derivative of a smooth one instead, which is 0 or 1 but near the
+    kink, and the value is taken before a last one, see `Output.before`.
+
     Parameters
     ----------
     module : maps one tensor to one tensor, sample by sample.
-    target : where the module's output shall go; needed with ``hinge`` alone.
-    hinge : see `Output`.
+    target : (n, ...) where the output shall go.
+    width : (n,) of the kink, in units of the root mean square of what goes into the ReLU.
     """
 
     def __init__(
-        self, module: nn.Module, x: Tensor, target: Tensor | None = None, hinge: bool = False
+        self,
+        module: nn.Module,
+        x: Tensor,
+        target: Tensor | None = None,
+        width: Tensor | None = None,
     ) -> None:
-        self._module, self._target, self._hinge = module, target, hinge
+        self._module, self._target, self._width = module, target, width
         self._x = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            made = output_of(module, self._x, hinge)
-            y = self._kept(made, made.value)
-        if not y.requires_grad:
+            self.output = output_of(module, self._x, width)
+            self._y = self._before(self.output)
+        if not self._y.requires_grad:
             raise ReverseError(
                 f"{type(module).__name__} returned a tensor that no gradient comes back from: "
                 "only differentiable modules can be reversed."
             )
-        self._y, self.output = y, replace(made, value=made.value.detach())
         self._seed: Tensor | None = None
+
+    def _before(self, made: Output) -> Tensor:
+        if self._target is None or self._width is None:
+            return made.value
+        return made.before(self._target, self._width)[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +135,8 @@ class Linearised:
     def take(self, rows: Tensor) -> "Linearised":
         """The same for some of the samples."""
         target = None if self._target is None else self._target[rows]
-        return Linearised(self._module, self._x[rows], target, self._hinge)
+        width = None if self._width is None else self._width[rows]
+        return Linearised(self._module, self._x[rows], target, width)
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u: (n, ...) of the output -> (n, ...) of the input."""
@@ -138,14 +153,10 @@ class Linearised:
 
     def _forward_mode(self, v: Tensor) -> Tensor:
         with forward_ad.dual_level():
-            made = output_of(self._module, forward_ad.make_dual(self._x.detach(), v), self._hinge)
-            tangent = forward_ad.unpack_dual(made.value).tangent
-        return torch.zeros_like(self._y) if tangent is None else self._kept(made, tangent)
-
-    def _kept(self, made: Output, values: Tensor) -> Tensor:
-        if self._target is None or not (made.rectified and made.hinge):
-            return values
-        return values * made.pulled(self._target)
+            dual = forward_ad.make_dual(self._x.detach(), v)
+            made = output_of(self._module, dual, self._width)
+            tangent = forward_ad.unpack_dual(self._before(made)).tangent
+        return torch.zeros_like(self._y) if tangent is None else tangent
 
 
 def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
@@ -158,14 +169,14 @@ def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Te
 class _Rewritten(TorchFunctionMode):
     """Same values; convolution and batch norm get second derivatives as cheap as the first.
 
-    PyTorch's own cost two to ten times that. Remembers what went in and out of the last ReLU.
-    With ``leaky`` the derivatives of ReLUs are those of leaky ones.
+    PyTorch's own cost two to ten times that. Remembers what went in and out of the last ReLU; with
+    ``width`` the derivatives of ReLUs are smooth, see `Linearised`.
     """
 
-    def __init__(self, leaky: bool) -> None:
+    def __init__(self, width: Tensor | None) -> None:
         super().__init__()
-        self.leaky = leaky
-        self.input = self.output = torch.empty(0)
+        self.width, self.smoothed = width, False
+        self.entry = self.exit = torch.empty(0)
 
     def __torch_function__(
         self,
@@ -175,17 +186,30 @@ class _Rewritten(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        if func in (F.relu, torch.relu) and not given.get("inplace"):
-            self.input, self.output = args[0], func(args[0])
-            if self.leaky:
-                leaky = F.leaky_relu(args[0], _SLOPE)
-                self.output = leaky + (self.output - leaky).detach()
-            return self.output
+        if func in (F.relu, torch.relu) and len(args) == 1:
+            self.entry = args[0].clone() if given.get("inplace") else args[0]
+            self.exit = self._rectify(args[0], bool(given.get("inplace")))
+            return self.exit
         if func is F.batch_norm and not given.get("training"):
             return _batch_norm(*args, **given)
         if func in _CONVOLUTIONS and not given and not isinstance(args[4], str):
             return _convolve(*args)
         return func(*args, **given)
+
+    def _rectify(self, z: Tensor, inplace: bool) -> Tensor:
+        if self.width is None or len(z) % len(self.width):
+            return F.relu(z, inplace)
+        self.smoothed = True
+        slope = torch.sigmoid(z.detach() / _kinks(z.detach(), self.width))
+        y = F.relu(z.detach()) + (z - z.detach()) * slope
+        return z.copy_(y) if inplace else y
+
+
+def _kinks(z: Tensor, width: Tensor) -> Tensor:
+    """(n, ...) into a ReLU -> (n, 1, ...) the width of its kink."""
+    rows = width.repeat_interleave(len(z) // len(width))
+    scale = rows * norms(z) / z[:1].numel() ** 0.5
+    return spread(scale.clamp(min=torch.finfo(z.dtype).tiny), z)
 
 
 def _convolve(

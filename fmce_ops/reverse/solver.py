@@ -45,7 +45,7 @@ def least_squares(
     length: Tensor,
     damping: Tensor,
     tolerance: Tensor | float,
-    max_iterations: int,
+    max_iterations: Tensor | int,
 ) -> Solution:
     """argmin |A d - r|^2 + damping^2 |d|^2 of least norm, for every sample by itself.
 
@@ -60,7 +60,7 @@ def least_squares(
     gradient : (n, ...) A^T r.
     length : (n,) |r|.
     damping : (n,) non-negative.
-    tolerance : (n,) or one for all.
+    tolerance, max_iterations : (n,) or one for all.
 
     Returns
     -------
@@ -70,11 +70,12 @@ def least_squares(
     residual, count = length.clone(), torch.zeros_like(length, dtype=torch.long)
     rows = torch.arange(len(gradient), device=gradient.device)
     goal = torch.as_tensor(tolerance, device=length.device).expand_as(length)
+    limit = torch.as_tensor(max_iterations, device=length.device).expand_as(length)
     d, s, p, shift = step.clone(), gradient, gradient, damping.square()
     energy, gamma = length.square(), norms(gradient).square()
     least_energy, least_gamma = energy * goal.square(), gamma * goal.square()
     live = gamma > 0
-    for _ in range(max_iterations):
+    for done in range(int(limit.max())):
         if 2 * int(live.sum()) <= len(live):
             step[rows], residual[rows] = d, energy.clamp(min=0).sqrt()
             kept = live.nonzero()[:, 0]
@@ -84,6 +85,7 @@ def least_squares(
             d, s, p = d[kept], s[kept], p[kept]
             shift, energy, gamma = shift[kept], energy[kept], gamma[kept]
             least_energy, least_gamma = least_energy[kept], least_gamma[kept]
+            limit = limit[kept]
         q = operator.push(p)
         curvature = norms(q).square() + shift * norms(p).square()
         length_of_step = torch.where(live & (curvature > 0), gamma / curvature, 0)
@@ -94,6 +96,7 @@ def least_squares(
         previous, gamma = gamma, norms(s).square()
         count[rows] += live
         live = live & (curvature > 0) & (energy > least_energy) & (gamma > least_gamma)
+        live &= done + 1 < limit
         p = torch.addcmul(s, spread(torch.where(live, gamma / previous, 0), p), p)
     step[rows], residual[rows] = d, energy.clamp(min=0).sqrt()
     return Solution(step, residual, count)
