@@ -1,6 +1,5 @@
 """Decoupling: which filters of a network does an image take? (arXiv 1906.01166)"""
 
-from fmce_ops.pathways.codes import write_codes
 from fmce_ops.pathways.costs import Costs, measure_costs
 from fmce_ops.pathways.execution import compact, fixed
 from fmce_ops.pathways.gates import (
@@ -43,5 +42,4 @@ __all__ = [
     "recorded",
     "similarity",
     "split_code",
-    "write_codes",
 ]

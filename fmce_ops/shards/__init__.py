@@ -1,6 +1,7 @@
 """Feature maps on disk: HDF5 shards that a manifest vouches for, written and read in a stream."""
 
 from fmce_ops.shards.batches import Batch, RandomBatches
+from fmce_ops.shards.codes import write_codes
 from fmce_ops.shards.describe import Description, PhaseSize, describe
 from fmce_ops.shards.manifest import Manifest, Shard, shard_file
 from fmce_ops.shards.split import Split, split_by_image, split_paper
@@ -25,4 +26,5 @@ __all__ = [
     "split_by_image",
     "split_paper",
     "verify",
+    "write_codes",
 ]

@@ -26,8 +26,8 @@ from fmce_ops.pathways import (
     profiles,
     similarity,
     split_code,
-    write_codes,
 )
+from fmce_ops.shards import write_codes
 from fmce_ops.stages.networks import build_classifier, describe_classifier, on_validation
 from fmce_ops.stages.params import Params
 from fmce_ops.stages.path_study import Judged, Outcome, Study

@@ -140,8 +140,9 @@ class FeatureDetector:
 
     def scores(self, features: Tensor) -> Scores:
         """(N,) squared distance to the nearest class."""
-        gaps = features.double().numpy()[:, None] - self.means
-        return np.einsum("nkc,cd,nkd->nk", gaps, self.precision, gaps).min(1)
+        values = features.double().numpy()
+        gaps = (values - mean for mean in self.means)
+        return np.min([((gap @ self.precision) * gap).sum(1) for gap in gaps], axis=0)
 
 
 @dataclass(frozen=True)
