@@ -78,7 +78,7 @@ def similarity_figure(alike: Tensor, names: Sequence[str]) -> Figure:
     values = 100 * alike.numpy()
     picture = axis.imshow(values, cmap="viridis")
     figure.colorbar(picture, ax=axis, label="gates in which two images agree, %", shrink=0.8)
-    if len(names) <= 20:
+    if len(names) <= 20 and not np.isnan(values).all():
         middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
         for (i, j), value in np.ndenumerate(values):
             colour = "black" if value > middle else "white"

@@ -208,6 +208,11 @@ def test_profiles_and_similarity_are_those_counted_pair_by_pair() -> None:
             assert float(alike[a, b]) == pytest.approx(float(torch.stack(pairs).mean()))
 
 
+def test_paths_that_are_all_the_same_tell_nothing_of_similarity() -> None:
+    codes = torch.tensor([[True, False]]).expand(4, 2)
+    assert similarity(codes, torch.tensor([0, 0, 1, 1]), 3).isnan().all()
+
+
 def test_needed_filters_are_those_that_a_class_opens_more_than_others() -> None:
     found = torch.tensor([[1.0, 0.9, 0.1, 0.5], [1.0, 0.1, 0.2, 0.5], [1.0, 0.3, 0.9, 0.4]])
     assert needed_filters(found, 0, 4).tolist() == [1, 3]

@@ -125,10 +125,7 @@ class Study:
         self, network: nn.Module, name: str, weights: Weights
     ) -> tuple[Classifier, list[PathEpoch]]:
         settings = self.params.pathways
-        plan = PathPlan(
-            **settings.model_dump(include=_PLAN),
-            weights=weights,
-        )
+        plan = PathPlan(**settings.model_dump(include=_PLAN), weights=weights)
         folder = self.stage.folder / name.replace(" ", "-")
         with self.stage.beneath(name, {"fmce.arm": name}) as reporter:
             history = train_paths(

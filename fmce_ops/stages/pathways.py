@@ -1,8 +1,9 @@
 """Stage ``pathways``: the path that an image takes through the filters, and what it is good for."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +36,10 @@ from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, PATHS, RESULTS, now, open
 from fmce_ops.stages.work import vouched
 from fmce_ops.tracking.registry import log_network, register
 from fmce_ops.tracking.serving import Network
-from fmce_ops.training.adversarial import (
-    Detection,
-)
+from fmce_ops.training.adversarial import Detection
 from fmce_ops.training.devices import launch
 from fmce_ops.training.latency import milliseconds
-from fmce_ops.training.pathways import (
-    confirm_needed,
-    judge_paths,
-)
+from fmce_ops.training.pathways import Need, confirm_needed, judge_paths
 from fmce_ops.training.reporter import Reporter
 
 SECTIONS = ["data", "model", "pathways"]
@@ -93,29 +89,77 @@ def choose(dense: float, accuracies: Sequence[float], costs: Sequence[float], lo
 
 
 def _publish(study: Study, outcomes: list[Outcome]) -> None:
-    stage, settings, classes = study.stage, study.params.pathways, len(study.images.classes)
+    stage, names = study.stage, list(study.images.classes)
     dense = study.judged(study.gated, controllers=False)
-    paths = [outcome.paths for outcome in outcomes]
     chosen = outcomes[
         choose(
             dense.val_accuracy,
-            [found.val_accuracy for found in paths],
-            [found.multiply_adds for found in paths],
-            settings.tolerance,
+            [outcome.paths.val_accuracy for outcome in outcomes],
+            [outcome.paths.multiply_adds for outcome in outcomes],
+            study.params.pathways.tolerance,
         )
     ]
-    network, labels = chosen.paths.network, study.split("test").labels.cpu()
+    network = chosen.paths.network
     detection = study.detection(network)
     network.cpu()
-    codes = judge_paths(network, study.split("test"))[2]
-    train_codes, train_labels = _learnt(study, network)
-    found = profiles(train_codes, train_labels, classes)
-    alike = similarity(codes, labels, classes)
+    told = _interpret(study, network)
+    summary = {
+        **_tradeoff(dense, outcomes, chosen),
+        "auc": {
+            attack: {name: curve.auc for name, curve in curves.items()}
+            for attack, curves in detection.curves.items()
+        },
+        "accuracy_under_attack": detection.accuracy,
+        "similarity": _similarity(told.alike),
+        "needed_filters": [_need(need) for need in told.needs],
+    }
+    speed = _speed(study, outcomes)
+    write_json(METRICS, summary)
+    write_json(SPEED, speed)
+    write_table(TABLE, _rows(outcomes))
+    write_codes(PATHS, split_code(network, told.codes), told.labels)
+    stage.figure(tradeoff_figure(summary, speed), "tradeoff.png")
+    stage.figure(similarity_figure(told.alike, names), "similarity.png")
+    stage.figure(profiles_figure(split_code(network, told.profiles), names), "filters.png")
+    stage.figure(needs_figure(told.needs, names), "needed.png")
+    stage.figure(detection_figure(detection), "detection.png")
+    if stage.run:
+        _log(study, summary, speed)
+        _register(study, chosen, told.profiles, detection)
+
+
+@dataclass(frozen=True)
+class _Interpretation:
+    """What the paths of a network tell.
+
+    Attributes
+    ----------
+    codes, labels : (N, gates) and (N,) of the test images.
+    profiles : (K, gates) of the training images.
+    alike : (K, K) agreement of test images.
+    """
+
+    codes: Tensor
+    labels: Tensor
+    profiles: Tensor
+    alike: Tensor
+    needs: list[Need]
+
+
+def _interpret(study: Study, network: nn.Module) -> _Interpretation:
+    test, settings, classes = study.split("test"), study.params.pathways, len(study.images.classes)
+    codes, labels = judge_paths(network, test)[2], test.labels.cpu()
+    found = profiles(*_learnt(study, network), classes)
     shown = study.split("test", settings.attacked)
     needs = [
         confirm_needed(network, found, label, shown, settings.seed) for label in range(classes)
     ]
-    summary = {
+    return _Interpretation(codes, labels, found, similarity(codes, labels, classes), needs)
+
+
+def _tradeoff(dense: Judged, outcomes: Sequence[Outcome], chosen: Outcome) -> dict[str, Any]:
+    """Accuracy and multiply-adds of every network."""
+    return {
         "dense": _record(dense),
         "ratios": [
             {
@@ -130,28 +174,7 @@ def _publish(study: Study, outcomes: list[Outcome]) -> None:
         "val_accuracy": chosen.paths.val_accuracy,
         "test_accuracy": chosen.paths.test_accuracy,
         "multiply_adds": chosen.paths.multiply_adds / dense.multiply_adds,
-        "auc": {
-            attack: {name: curve.auc for name, curve in curves.items()}
-            for attack, curves in detection.curves.items()
-        },
-        "accuracy_under_attack": detection.accuracy,
-        "similarity": _similarity(alike),
-        "needed_filters": [asdict(need) for need in needs],
     }
-    speed = _speed(study, outcomes)
-    write_json(METRICS, summary)
-    write_json(SPEED, speed)
-    write_table(TABLE, _rows(outcomes))
-    write_codes(PATHS, split_code(network, codes), labels)
-    names = list(study.images.classes)
-    stage.figure(tradeoff_figure(summary, speed), "tradeoff.png")
-    stage.figure(similarity_figure(alike, names), "similarity.png")
-    stage.figure(profiles_figure(split_code(network, found), names), "filters.png")
-    stage.figure(needs_figure(needs, names), "needed.png")
-    stage.figure(detection_figure(detection), "detection.png")
-    if stage.run:
-        _log(study, summary, speed)
-        _register(study, chosen, found, detection)
 
 
 def _learnt(study: Study, network: nn.Module) -> tuple[Tensor, Tensor]:
@@ -174,13 +197,23 @@ def _closed(outcome: Outcome) -> list[str]:
     return [name for name, share in outcome.history[-1].open.items() if share == 0]
 
 
-def _similarity(alike: Tensor) -> dict[str, float]:
-    """Mean agreement of paths within and between classes."""
+def _similarity(alike: Tensor) -> dict[str, float | None]:
+    """Mean agreement of paths within and between classes; None where no gate varies."""
     same = torch.eye(len(alike), dtype=torch.bool)
     return {
-        "within": float(alike[same].nanmean()),
-        "between": float(alike[~same].nanmean()),
+        "within": _finite(float(alike[same].nanmean())),
+        "between": _finite(float(alike[~same].nanmean())),
     }
+
+
+def _need(need: Need) -> dict[str, Any]:
+    """None in place of the accuracy of a class that has no images."""
+    own, others = ([_finite(value) for value in part] for part in (need.own, need.others))
+    return {"label": need.label, "filters": need.filters, "own": own, "others": others}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _speed(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
