@@ -5,9 +5,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from fmce_ops.data import Images, prepare
 
 SMALL = {
     "data": {"dataset": "digits", "image_size": 16, "per_class": 20},
@@ -70,6 +73,16 @@ def commit(folder: Path, message: str) -> None:
 def copy_project(project: Path, folder: Path) -> Path:
     """A copy to do damage to."""
     return Path(shutil.copytree(project, folder, symlinks=True))
+
+
+@contextmanager
+def digits(folder: Path, per_class: int, size: int) -> Iterator[Images]:
+    """The embedded data set, prepared in a folder and opened."""
+    path = folder / "images.h5"
+    options = {"image_size": size, "per_class": per_class, "validation": 0.2, "test": 0.2}
+    prepare("digits", path, root=folder, seed=0, **options)
+    with Images.open(path) as images:
+        yield images
 
 
 def free_port() -> int:

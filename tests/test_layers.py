@@ -53,6 +53,10 @@ def test_the_ground_needs_no_tracking_no_versioning_and_no_command_line():
     assert loaded_by(*modules) & ABOVE == set()
 
 
+def test_markers_start_without_the_loops():
+    assert not {"lightning_fabric", "torchvision"} & loaded_by("fmce_ops.stages.markers")
+
+
 def test_the_loops_know_no_tracking():
     loops = [f"fmce_ops.training.{name}" for name in ("classifier", "features", "fmce", "metrics")]
     assert loaded_by(*loops) & {"mlflow", "dvc", "typer"} == set()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fmce_ops.data import Augment, Images, TrainBatches, prepare
+from fmce_ops.data import Augment, TrainBatches
 from fmce_ops.errors import TrainingError
 from fmce_ops.models import Classifier, build
 from fmce_ops.pathways import (
@@ -44,6 +44,8 @@ from fmce_ops.training.reporter import Reporters
 from scipy.stats import mannwhitneyu
 from torch import nn
 
+from tests.project import digits
+
 SIZE = 16
 WEIGHTS = Weights(information=0.01, alignment=0.1, sparsity=0.02, ratio=0.3)
 PLAN = PathPlan(3, "adam", 2e-3, 2e-2, 1e-4, "cosine", WEIGHTS, 0)
@@ -51,18 +53,7 @@ PLAN = PathPlan(3, "adam", 2e-3, 2e-2, 1e-4, "cosine", WEIGHTS, 0)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    path = tmp_path_factory.mktemp("images") / "images.h5"
-    prepare(
-        "digits",
-        path,
-        root=path.parent,
-        image_size=SIZE,
-        per_class=40,
-        validation=0.2,
-        test=0.2,
-        seed=0,
-    )
-    with Images.open(path) as opened:
+    with digits(tmp_path_factory.mktemp("images"), 40, SIZE) as opened:
         yield opened
 
 
@@ -91,8 +82,10 @@ def split(images, name: str) -> Validation:
     return Validation(*images.load(name), SIZE, images.mean, images.std)
 
 
-def train(images, folder: Path, plan: PathPlan = PLAN) -> tuple[Classifier, list[PathEpoch]]:
-    network = gated()
+def train(
+    images, folder: Path, plan: PathPlan = PLAN, *, network=None, reporter=None
+) -> tuple[Classifier, list[PathEpoch]]:
+    network = network or gated()
     batches = TrainBatches(
         *images.load("train"),
         batch_size=32,
@@ -102,8 +95,10 @@ def train(images, folder: Path, plan: PathPlan = PLAN) -> tuple[Classifier, list
         augment=Augment(),
         seed=0,
     )
+    costs = measure_costs(network, torch.zeros(1, 3, SIZE, SIZE))
+    validation = split(images, "val")
     history = train_paths(
-        launch(), network, 10, batches, split(images, "val"), plan, folder, Reporters()
+        launch(), network, 10, batches, validation, costs, plan, folder, reporter or Reporters()
     )
     return network, history
 
@@ -139,20 +134,8 @@ def test_a_training_that_was_cut_short_ends_with_the_same_bytes(images, tmp_path
             if row.step == 2:
                 raise KilledError
 
-    network = gated()
-    batches = TrainBatches(
-        *images.load("train"),
-        batch_size=32,
-        size=SIZE,
-        mean=images.mean,
-        std=images.std,
-        augment=Augment(),
-        seed=0,
-    )
     with pytest.raises(KilledError):
-        train_paths(
-            launch(), network, 10, batches, split(images, "val"), PLAN, tmp_path / "cut", Killer()
-        )
+        train(images, tmp_path / "cut", reporter=Killer())
     resumed, again = train(images, tmp_path / "cut")
     assert [e.val_loss for e in again] == [e.val_loss for e in history]
     for name, value in whole.state_dict().items():
@@ -171,19 +154,8 @@ def test_layers_that_close_are_named_as_it_happens(images, tmp_path, caplog) -> 
     assert closing in layers
     with torch.no_grad():
         layers[closing].controller.score.bias.fill_(-9)
-    batches = TrainBatches(
-        *images.load("train"),
-        batch_size=32,
-        size=SIZE,
-        mean=images.mean,
-        std=images.std,
-        augment=Augment(),
-        seed=0,
-    )
     plan = PathPlan(**{**vars(PLAN), "epochs": 1, "gate_lr": 1e-9})
-    (epoch,) = train_paths(
-        launch(), network, 10, batches, split(images, "val"), plan, tmp_path, Reporters()
-    )
+    _, (epoch,) = train(images, tmp_path, plan, network=network)
     assert epoch.open[closing] == 0
     assert f"all gates of {closing} are closed at epoch 1" in caplog.text
     assert epoch.row().values[f"open/{closing}"] == 0
@@ -225,12 +197,12 @@ def test_switching_off_what_a_class_needs_hurts_that_class(trained, images) -> N
     pixels, labels = images.load("train")
     form = Pixels(SIZE, images.mean, images.std)
     found = profiles(path_codes(network, form.input(pixels)), labels, 10)
-    need = confirm_needed(network, found, 3, test, 0)
+    needs = confirm_needed(network, found, test, 0)
+    need = needs[3]
     _, accuracy, _ = judge_paths(network, test)
     own, rest = need.own[0], need.others[0]
     assert abs((own + 9 * rest) / 10 - accuracy) < 0.05  # classes are of nearly equal size
-    again = confirm_needed(network, found, 3, test, 0)
-    assert again == need
+    assert confirm_needed(network, found, test, 0) == needs
 
 
 def test_magnitude_keeps_the_largest_filters_within_the_budget() -> None:

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from fmce_ops.data import Images, prepare, to_input
+from fmce_ops.data import to_input
 from fmce_ops.errors import ModelError, TrainingError
 from fmce_ops.models import build, functional_modules, load_weights
 from fmce_ops.reverse import nearest_logits
@@ -35,6 +35,8 @@ from fmce_ops.training.targets import (
 from scipy.stats import ttest_rel
 from torch import nn
 
+from tests.project import digits
+
 SIZE = 16
 SETTINGS = TargetSettings(margin=1.0, pull=0.0, size=SIZE, images_per_shard=60, batch_size=32)
 
@@ -51,18 +53,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    path = tmp_path_factory.mktemp("images") / "images.h5"
-    prepare(
-        "digits",
-        path,
-        root=path.parent,
-        image_size=SIZE,
-        per_class=15,
-        validation=0.2,
-        test=0.2,
-        seed=0,
-    )
-    with Images.open(path) as opened:
+    with digits(tmp_path_factory.mktemp("images"), 15, SIZE) as opened:
         yield opened
 
 

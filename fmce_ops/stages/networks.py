@@ -1,16 +1,13 @@
 """The classifier that params.yaml asks for, and how it is described for those who load it."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 
 from fmce_ops.data import Images
-from fmce_ops.models import Classifier, build
+from fmce_ops.models import Classifier, build, load_into
 from fmce_ops.stages.params import Params
-from fmce_ops.tracking.registry import load_network
+from fmce_ops.stages.stage import CHECKPOINTS
+from fmce_ops.stages.work import vouched
 from fmce_ops.tracking.serving import Network
-from fmce_ops.training.posttrain import judge_images
 
 
 def build_classifier(params: Params, classes: int) -> Classifier:
@@ -20,6 +17,13 @@ def build_classifier(params: Params, classes: int) -> Classifier:
     return build(
         model.backbone, classes, stem=model.stem, cut=model.cut, in_size=params.data.image_size
     )
+
+
+def trained_classifier(params: Params, classes: int) -> Classifier:
+    """The classifier as the stage ``train`` left it, in evaluation mode."""
+    classifier = build_classifier(params, classes)
+    load_into(classifier, vouched(CHECKPOINTS)[-1])
+    return classifier.eval()
 
 
 def describe_classifier(params: Params, images: Images, digest: str) -> Network:
@@ -35,20 +39,3 @@ def describe_classifier(params: Params, images: Images, digest: str) -> Network:
         "std": list(images.std),
     }
     return Network("classifier", spec, {"images": digest})
-
-
-def on_validation(
-    network: Network, images: Images, device: torch.device
-) -> Callable[[Path], float | None]:
-    """How accurate the network in a model folder is on validation; None if it answers otherwise."""
-
-    def accuracy(folder: Path) -> float | None:
-        standing, champion = load_network(folder)
-        if (standing.kind, standing.input_shape) != (network.kind, network.input_shape):
-            return None
-        if standing.spec["classes"] != network.spec["classes"]:
-            return None
-        size = standing.spec["image_size"]
-        return judge_images(champion, images, "val", size, device).accuracy
-
-    return accuracy

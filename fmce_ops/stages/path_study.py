@@ -134,6 +134,7 @@ class Study:
                 len(self.images.classes),
                 self._batches(),
                 self.split("val"),
+                self.costs,
                 plan,
                 folder,
                 reporter,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fmce_ops.data import Images
 from fmce_ops.files import write_json, write_table
-from fmce_ops.models import load_into
 from fmce_ops.path_figures import (
     detection_figure,
     needs_figure,
@@ -29,11 +28,11 @@ from fmce_ops.pathways import (
     split_code,
 )
 from fmce_ops.shards import write_codes
-from fmce_ops.stages.networks import build_classifier, describe_classifier, on_validation
+from fmce_ops.stages.champion import on_validation
+from fmce_ops.stages.networks import describe_classifier, trained_classifier
 from fmce_ops.stages.params import Params
 from fmce_ops.stages.path_study import Judged, Outcome, Study
 from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, PATHS, RESULTS, now, open_stage
-from fmce_ops.stages.work import vouched
 from fmce_ops.tracking.registry import log_network, register
 from fmce_ops.tracking.serving import Network
 from fmce_ops.training.adversarial import Detection
@@ -67,9 +66,8 @@ def run(params: Params, progress: Reporter | None = None) -> None:
         ) as stage,
         Images.open(IMAGES) as images,
     ):
-        classifier = build_classifier(params, len(images.classes))
-        load_into(classifier, vouched(CHECKPOINTS)[-1])
-        study = Study(fabric, stage, params, images, classifier.eval())
+        classifier = trained_classifier(params, len(images.classes))
+        study = Study(fabric, stage, params, images, classifier)
         outcomes = [study.outcome(ratio) for ratio in params.pathways.ratios]
         if fabric.is_global_zero:
             _publish(study, outcomes)
@@ -151,9 +149,7 @@ def _interpret(study: Study, network: nn.Module) -> _Interpretation:
     codes, labels = judge_paths(network, test)[2], test.labels.cpu()
     found = profiles(*_learnt(study, network), classes)
     shown = study.split("test", settings.attacked)
-    needs = [
-        confirm_needed(network, found, label, shown, settings.seed) for label in range(classes)
-    ]
+    needs = confirm_needed(network, found, shown, settings.seed)
     return _Interpretation(codes, labels, found, similarity(codes, labels, classes), needs)
 
 

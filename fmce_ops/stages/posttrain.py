@@ -15,10 +15,11 @@ from fmce_ops.figures import arms_figure, gradcam, targets_figure
 from fmce_ops.files import write_json, write_table
 from fmce_ops.models import Classifier, functional_modules, load_into
 from fmce_ops.shards import ShardStore
-from fmce_ops.stages.networks import build_classifier, describe_classifier, on_validation
+from fmce_ops.stages.champion import on_validation
+from fmce_ops.stages.networks import describe_classifier, trained_classifier
 from fmce_ops.stages.params import Params
 from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, RESULTS, TARGETS, Stage, now, open_stage
-from fmce_ops.stages.work import publish, vouched
+from fmce_ops.stages.work import publish
 from fmce_ops.tracking.registry import log_network, register
 from fmce_ops.training.comparison import Interval, paired
 from fmce_ops.training.devices import launch
@@ -71,9 +72,8 @@ def run(params: Params, progress: Reporter | None = None) -> None:
         ) as stage,
         Images.open(IMAGES) as images,
     ):
-        classifier = build_classifier(params, len(images.classes))
-        load_into(classifier, vouched(CHECKPOINTS)[-1])
-        study = _Study(fabric, stage, params, images, classifier.eval())
+        classifier = trained_classifier(params, len(images.classes))
+        study = _Study(fabric, stage, params, images, classifier)
         facts = {span.name: study.write_targets(span) for span in study.spans}
         histories = study.train()
         if fabric.is_global_zero:

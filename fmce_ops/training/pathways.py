@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fmce_ops.data import TrainBatches, derive_seed, to_input
+from fmce_ops.data import TrainBatches, derive_seed
 from fmce_ops.errors import TrainingError
 from fmce_ops.pathways import (
     PARTS,
@@ -26,7 +26,6 @@ from fmce_ops.pathways import (
     Weights,
     forced,
     gated_layers,
-    measure_costs,
     needed_filters,
     recorded,
     split_code,
@@ -140,11 +139,17 @@ def train_paths(
     classes: int,
     batches: TrainBatches,
     validation: Validation,
+    costs: Costs,
     plan: PathPlan,
     folder: Path,
     reporter: Reporter,
 ) -> list[PathEpoch]:
     """Train what `fmce_ops.pathways.attach` returned; the last epoch's weights stay in it.
+
+    Parameters
+    ----------
+    costs : of the network, from `fmce_ops.pathways.measure_costs`.
+    folder : where a killed training finds its last epoch.
 
     Raises
     ------
@@ -154,7 +159,6 @@ def train_paths(
     torch.manual_seed(derive_seed(plan.seed))
     filters = [gated.conv.out_channels for gated in gated_layers(network).values()]
     decoupled = _Decoupled(network, PathLoss(filters, classes, plan.weights))
-    costs = measure_costs(network, _example(validation))
     progress = _resume(folder, decoupled)
     decoupled.to(fabric.device).to(memory_format=torch.channels_last)
     optimizer = _optimizer(decoupled, plan)
@@ -296,12 +300,6 @@ def judge_paths(network: nn.Module, images: Validation) -> tuple[float, float, T
     return loss / count, hits / count, torch.cat(codes)
 
 
-def _example(images: Validation) -> Tensor:
-    """One image as the network takes it."""
-    first = images.images[:1].cpu()
-    return to_input(first, size=images.size, mean=images.mean, std=images.std)
-
-
 def _record(folder: Path, module: nn.Module, optimizer: Optimizer, progress: _Progress) -> None:
     state = {
         "module": module.state_dict(),
@@ -322,11 +320,10 @@ def _resume(folder: Path, module: nn.Module) -> _Progress:
 
 
 @torch.inference_mode()
-def class_accuracies(network: nn.Module, images: Validation) -> Tensor:
+def class_accuracies(network: nn.Module, images: Validation, classes: int) -> Tensor:
     """(K,) share of right answers of each class; NaN for a class without images."""
     found = [(network(inputs).argmax(1), labels) for inputs, labels in images.batches()]
     guesses, labels = (torch.cat(part).cpu() for part in zip(*found, strict=True))
-    classes = int(network(next(images.batches(1))[0]).shape[1])
     hits = torch.bincount(labels[guesses == labels], minlength=classes)
     return hits / torch.bincount(labels, minlength=classes)
 
@@ -348,27 +345,31 @@ class Need:
     others: tuple[float, float, float]
 
 
-def confirm_needed(
-    network: nn.Module, found: Tensor, label: int, images: Validation, seed: int
-) -> Need:
-    """Switch off the filters that a class needs, and as many others, and judge the network.
+def confirm_needed(network: nn.Module, found: Tensor, images: Validation, seed: int) -> list[Need]:
+    """For each class switch off the filters that it needs, and as many others, and judge.
 
     Parameters
     ----------
     found : (K, gates) `fmce_ops.pathways.profiles`.
     """
     network.eval()
-    gates = found.shape[1]
+    before = class_accuracies(network, images, len(found))
+    return [_confirm(network, found, label, images, seed, before) for label in range(len(found))]
+
+
+def _confirm(
+    network: nn.Module, found: Tensor, label: int, images: Validation, seed: int, before: Tensor
+) -> Need:
+    classes, gates = found.shape
     needed = needed_filters(found, label, max(1, round(_NEEDED * gates)))
     draw = torch.Generator().manual_seed(derive_seed(seed, label))
     drawn = [_drawn_alike(network, found[label] >= 0.5, needed, draw) for _ in range(_DRAWS)]
-    judged = []
-    for closed in [needed[:0], needed, *drawn]:
-        keep = torch.ones(gates).index_fill_(0, closed, 0)
-        with forced(network, keep):
-            judged.append(class_accuracies(network, images))
+    judged = [before]
+    for closed in [needed, *drawn]:
+        with forced(network, torch.ones(gates).index_fill_(0, closed, 0)):
+            judged.append(class_accuracies(network, images, classes))
     own = [float(each[label]) for each in judged]
-    rest = [float(each[torch.arange(len(each)) != label].nanmean()) for each in judged]
+    rest = [float(each[torch.arange(classes) != label].nanmean()) for each in judged]
     return Need(label, len(needed), _three(own), _three(rest))
 
 
