@@ -61,14 +61,14 @@ def _fail(sentence: str) -> NoReturn:
     sys.exit(USER_ERROR)
 
 
-def _run_stage(name: str) -> None:
+def _run_stage(name: str, *arguments: str) -> None:
     from fmce_ops.stages.params import load_params
 
     _import_from_here()
     params = load_params(Path("params.yaml"))
     try:
         with _progress() as progress:
-            import_module(f"fmce_ops.stages.{name}").run(params, progress)
+            import_module(f"fmce_ops.stages.{name}").run(params, progress, *arguments)
     except KeyboardInterrupt:
         typer.echo(
             "stopped; what was done is kept: run the same command again to go on from there.",
@@ -137,6 +137,20 @@ def pathways() -> None:
 
 
 @app.command()
+def study(
+    run: Annotated[str, typer.Argument(help="A run of maturity.runs in params.yaml.")],
+) -> None:
+    """Train a run and describe its modules for the judge of maturity."""
+    _run_stage("study", run)
+
+
+@app.command()
+def maturity() -> None:
+    """Train a judge of maturity on the studied runs, each left out in turn, and register it."""
+    _run_stage("maturity")
+
+
+@app.command()
 def report() -> None:
     """Put everything that the pipeline found on one page."""
     _run_stage("report")
@@ -184,6 +198,62 @@ def evaluate(
         typer.echo(sentence, err=True)
     if missed:
         raise typer.Exit(FELL_SHORT)
+
+
+@app.command()
+def score(
+    model_uri: Annotated[str | None, typer.Option(help="A logged classifier.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="A torchvision name or package.module:factory; else params.yaml's."),
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="That --network is made with.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors, or a state_dict that torch saved.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder of pictures, or a file of 'prepare'.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=4, help="Side in px that --network sees.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many images are taken.")] = 256,
+    module: Annotated[
+        list[str] | None, typer.Option(help="A submodule to score; may be repeated.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="URI of a judge; else the one that comes with fmce-ops.")
+    ] = None,
+    watch: Annotated[
+        Path | None, typer.Option(help="Score each file of weights as it appears in this folder.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Stop --watch after so many.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a network.")] = False,
+) -> None:
+    """How mature is each module of a network, and which should be trained next?"""
+    from fmce_ops.stages.score import Asked, Scored, score_network, watch_folder
+
+    _import_from_here()
+    modules = tuple(module) if module else None
+    asked = Asked(model_uri, network, classes, weights, data, size, images, modules, judge)
+
+    def show(found: Scored) -> None:
+        if as_json:
+            typer.echo(json.dumps(found.as_json(), allow_nan=False))
+        else:
+            from fmce_ops.progress import show_scores
+
+            show_scores(found)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if watch is None:
+            results = iter([score_network(asked, Path("params.yaml"))])
+        else:
+            results = watch_folder(asked, watch, count, Path("params.yaml"))
+    try:
+        for found in results:
+            show(found)
+    except KeyboardInterrupt:
+        typer.echo("stopped watching; what was scored is in the run.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 _Store = Annotated[Path, typer.Argument(help="The folder of the store.")]

@@ -142,6 +142,31 @@ def epoch_markers(
     return Markers(points, start, converged, threshold)
 
 
+def maturity(
+    losses: Losses, markers: Markers, *, alpha: float = 0.85, method: Method = "paper"
+) -> NDArray[np.float64]:
+    """How mature a run was at every point: the share of the fall in log loss that was reached.
+
+    With l = log S, (l_{E_0} - l_m) / (l_{E_0} - l_{E_K}), kept between 0 and 1: 0 up to E_0, 1 from
+    E_K on. Phase k of K begins where it first reaches k / K.
+
+    Parameters
+    ----------
+    losses : (M,) mean training loss per point.
+    markers : of these losses, found with the same ``alpha`` and ``method``.
+
+    Returns
+    -------
+    (M,) float64.
+    """
+    smoothed = smooth(losses, alpha, method)
+    start, end = markers.start - 1, markers.points[-1] - 1
+    log_loss = np.log(np.maximum(smoothed, np.finfo(np.float64).tiny))
+    shares = (log_loss[start] - log_loss) / (log_loss[start] - log_loss[end])
+    shares[: start + 1], shares[end:] = 0.0, 1.0
+    return np.clip(shares, 0.0, 1.0)
+
+
 class ConvergenceMonitor:
     """CQI of a running training loop, for early stopping or logging.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fmce_ops.shards import Description
     from fmce_ops.stages.evaluate import Evaluation
     from fmce_ops.stages.explain import Explanation
+    from fmce_ops.stages.score import Scored
 
 _SHOWN = {
     "epoch": "epoch {:.4g}",
@@ -161,3 +162,18 @@ def show_path(found: "Explanation") -> None:
     console.print(classes)
     console.print(f"adversarial score {found.adversarial:.3f}", highlight=False)
     console.print(f"drawn to {found.figure}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_scores(found: "Scored") -> None:
+    """The maturity of each module with its interval, and what to train next."""
+    console = Console()
+    line = f"{found.network}, {found.images} images"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table()
+    for heading in ("module", "maturity", "interval", ""):
+        table.add_column(heading, justify="left" if heading in ("module", "") else "right")
+    for name, score in found.modules.items():
+        interval = f"{score.low:.2f} to {score.high:.2f}"
+        table.add_row(escape(name), f"{score.value:.2f}", interval, "█" * round(20 * score.value))
+    console.print(table)
+    console.print(f"train next: {found.next}", markup=False, highlight=False)

@@ -21,6 +21,11 @@ SMALL = {
     "fmce": {"epochs": 3, "batch_size": 32, "lr": 0.001},
     "posttrain": {"epochs": 3, "lr": 0.003, "batch_size": 32, "seeds": 2, "alphas": [1.0]},
     "pathways": {"ratios": [0.5], "epochs": 2, "batch_size": 32, "attacked": 30},
+    "study": {"images": 32, "checkpoints": 4},
+    "maturity": {
+        "runs": {"one": {"train": {"epochs": 4}}, "two": {"train": {"epochs": 4, "seed": 1}}},
+        "steps": 20,
+    },
     "report": {"title": "A small project"},
 }
 

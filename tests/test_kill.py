@@ -27,6 +27,10 @@ RESULTS = [
     "results/pathways.json",
     "results/pathways.csv",
     "data/paths.h5",
+    "data/study/one/manifest.json",
+    "data/study/two/manifest.json",
+    "results/maturity.json",
+    "results/maturity.csv",
 ]
 
 
@@ -101,6 +105,8 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("targets of conv5 1/", 0.0),
         ("posttrain 2/6", 0.1),
         ("pathways 1/2", 0.0),
+        ("describe 5/", 0.0),
+        ("maturity 1/2", 0.0),
     ]
     for text, later in points:
         process = start(folder, "dvc", "repro")
@@ -112,9 +118,9 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     found = stages(folder)
     assert len(found.pop("posttrain-arm")) == 3 * 2
     assert len(found.pop("pathways-arm")) == 2
-    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(
-        ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways", "report"], 1
-    )
+    names = ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways"]
+    names += ["study@one", "study@two", "maturity", "report"]
+    assert {name: len(runs) for name, runs in found.items()} == dict.fromkeys(names, 1)
     assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
     store = MlflowClient()
     for stage, metric, steps in [("train", "train/loss", 6), ("fmce", "val/accuracy", 3)]:

@@ -47,7 +47,9 @@ def test_an_unknown_key_anywhere_names_the_nearest_right_one(tmp_path, text, key
 def test_where_nothing_is_near_the_known_keys_are_listed(tmp_path):
     expected = "unknown key train.augment.zzz; the keys here are pad, flip."
     assert complaint(tmp_path, "train: {augment: {zzz: 3}}") == expected
-    sections = "data, model, train, markers, features, fmce, posttrain, pathways, report"
+    sections = (
+        "data, model, train, markers, features, fmce, posttrain, pathways, study, maturity, report"
+    )
     assert sections in complaint(tmp_path, "zzz: 3")
 
 
@@ -181,7 +183,9 @@ def keys(values):
 def test_a_shipped_file_loads_and_says_everything(path):
     params = load_params(path)
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert keys(written) == keys(Params().model_dump())
+    expected = Params().model_dump()
+    expected["maturity"]["runs"] = written["maturity"]["runs"]  # names of the user's own
+    assert keys(written) == keys(expected)
     for section, values in params.model_dump(mode="json").items():
         for key, value in values.items():
             given = written[section][key]
@@ -191,3 +195,32 @@ def test_a_shipped_file_loads_and_says_everything(path):
 def test_the_template_of_a_new_project_is_the_shipped_file():
     template = files("fmce_ops") / "templates" / "params.yaml"
     assert template.read_text(encoding="utf-8") == SHIPPED[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        ({"b": {"train": {"sed": 1}}}, "maturity.runs.b: unknown key train.sed; did you mean"),
+        ({"b": {"fmce": {}}}, "a run changes data, model, train, markers, not fmce"),
+        ({"b": {"train": {"epochs": 2}}}, "maturity.runs.b: markers.phases is 10"),
+        ({"b-c": {}}, "maturity.runs.b-c"),
+        ({"b": 4}, "maturity.runs.b is 4"),
+    ],
+)
+def test_a_run_of_the_study_is_checked_at_the_door(
+    tmp_path: Path, runs: object, sentence: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump({"maturity": {"runs": runs}}))
+    with pytest.raises(ParamsError) as raised:
+        load_params(path)
+    assert sentence in str(raised.value)
+    assert str(raised.value).count("\n") == 0
+
+
+def test_a_run_of_the_study_is_laid_over_the_parameters() -> None:
+    runs = {"b": {"train": {"augment": {"pad": 2}}, "model": {"backbone": "resnet18"}}}
+    params = Params.model_validate({"train": {"lr": 0.5}, "maturity": {"runs": runs}})
+    own = params.of_run("b")
+    assert (own.train.lr, own.train.augment.pad, own.train.augment.flip) == (0.5, 2, False)
+    assert own.model.backbone == "resnet18" and own.maturity.runs == {}

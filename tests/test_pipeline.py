@@ -16,7 +16,9 @@ from PIL import Image
 
 from tests.project import SMALL, command, copy_project, free_port, write_params
 
-STAGES = ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways", "report"]
+STAGES = ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways"]
+STAGES += ["study@one", "study@two", "maturity", "report"]
+SOURCES = ["prepare", "study@one", "study@two"]  # what reads no output of another stage
 
 
 @pytest.fixture
@@ -62,9 +64,9 @@ def test_every_stage_is_one_finished_run_with_its_tags(project: Path) -> None:
         assert tags["fmce.dataset"] == "digits"
         assert tags["fmce.backbone"] == "shufflenet_v2_x0_5"
         assert name in tags["fmce.command"]
-        if name != "prepare":
+        assert run.inputs.dataset_inputs
+        if name not in SOURCES:
             assert set(tags["fmce.builds_on"].split(",")) <= ids
-            assert run.inputs.dataset_inputs
         ids.add(run.info.run_id)
 
 
@@ -114,7 +116,7 @@ def test_pictures_are_in_the_run_and_among_the_outputs(
 
 def test_the_report_stands_alone(project: Path) -> None:
     page = (project / "results/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 9
+    assert page.count("data:image/png;base64,") == 10
     assert "http://" not in page
     assert "https://" not in page
     assert "did not converge" in page
@@ -390,3 +392,42 @@ def test_init_touches_nothing_that_exists(tmp_path: Path) -> None:
     command(folder, "fmce-ops", "init", "--force")
     assert (folder / ".gitignore").read_text().startswith("secret\n")
     assert "no git repository" in command(tmp_path, "fmce-ops", "init", "x", code=2).stderr
+
+
+def test_changing_one_run_of_the_study_runs_it_and_the_judge_alone(copy: Path) -> None:
+    changed = {"one": {"train": {"epochs": 4}}, "two": {"train": {"epochs": 5, "seed": 1}}}
+    write_params(copy, {**SMALL, "maturity": {**SMALL["maturity"], "runs": changed}})
+    assert ran(command(copy, "dvc", "repro").stdout) == ["study@two", "maturity", "report"]
+    command(copy, "fmce-ops", "shards", "verify", "data/study/two")
+
+
+def test_the_study_is_recorded_epoch_by_epoch_and_judged_with_each_run_left_out(
+    project: Path,
+) -> None:
+    (run,) = runs(project, "study@two")
+    history = client(project).get_metric_history(run.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == [1, 2, 3, 4]
+    facts = json.loads((project / "results/maturity.json").read_text())
+    assert facts["runs"] == ["one", "two"]
+    assert set(facts["left_out"]["batch"]) == {"spearman", "error", "coverage", "width"}
+    assert facts["left_out"]["batch"]["width"] == 1.0  # two runs bear no interval
+    rows = (project / "results/maturity.csv").read_text().splitlines()
+    assert rows[0] == "run,module,checkpoint,maturity,score,low,high"
+    assert {row.split(",")[1] for row in rows[1:]} >= {"backbone.stage2", "backbone.conv5"}
+    version = client(project).get_model_version_by_alias("fmce-maturity", "champion")
+    assert version.run_id == runs(project, "maturity")[0].info.run_id
+
+
+def test_one_run_is_too_few_and_an_unknown_run_is_named(copy: Path) -> None:
+    write_params(copy, {**SMALL, "maturity": {"runs": {"one": {}}}})
+    done = command(copy, "fmce-ops", "maturity", code=2)
+    assert "two or more" in done.stderr
+    done = command(copy, "fmce-ops", "study", "three", code=2)
+    assert "no run 'three'" in done.stderr and "one" in done.stderr
+
+
+def test_evaluate_says_that_a_judge_is_judged_by_runs(project: Path) -> None:
+    done = command(
+        project, "fmce-ops", "evaluate", "--model-uri", "models:/fmce-maturity@champion", code=2
+    )
+    assert "results/maturity.json" in done.stderr

@@ -151,6 +151,46 @@ def test_gated_networks_answer_with_classes_open_gates_and_an_alarm(project: Pat
         assert ((found[name] >= 0) & (found[name] <= 1)).all()
 
 
+def test_a_judge_of_maturity_scores_maps_of_any_shape(project: Path) -> None:
+    words = ["mlflow", "models", "serve", "-m", "models:/fmce-maturity@champion"]
+    maps = np.random.default_rng(0).random((3, 6, 5, 5)).astype(np.float32)
+    with server(project, *words, "--env-manager", "local", ready="/ping") as address:
+        address += "/invocations"
+        code, answer = ask(address, inputs(maps))
+        other = ask(address, inputs(np.zeros((1, 50, 2, 2))))
+        early = ask(address, json.dumps({"inputs": maps.tolist(), "params": {"depth": 0.0}}))
+        described = json.dumps({"inputs": read(maps), "params": {"input": "descriptors"}})
+        same = ask(address, described)
+        bad = [
+            ask(address, inputs(maps[0])),
+            ask(address, inputs(np.full((1, 2, 3, 3), np.nan))),
+            ask(address, inputs(np.zeros((0, 2, 3, 3)))),
+            ask(address, json.dumps({"inputs": maps.tolist(), "params": {"depth": 2.0}})),
+            ask(address, json.dumps({"inputs": maps.tolist(), "params": {"input": "x"}})),
+            ask(address, json.dumps({"inputs": maps.tolist(), "params": {"input": "descriptors"}})),
+        ]
+        good = ask(address, inputs(maps))
+    assert (code, other[0], early[0], same[0], good[0]) == (200, 200, 200, 200, 200)
+    assert all(400 <= found[0] < 500 and found[1]["message"] for found in bad)
+    found = {name: np.array(values) for name, values in answer["predictions"].items()}
+    assert {name: len(values) for name, values in found.items()} == {
+        **dict.fromkeys(("score", "low", "high"), 3),
+        **{f"together_{name}": 1 for name in ("score", "low", "high")},
+    }
+    assert ((found["low"] <= found["score"]) & (found["score"] <= found["high"])).all()
+    np.testing.assert_allclose(same[1]["predictions"]["score"], found["score"], atol=1e-4)
+
+
+def read(maps: np.ndarray) -> list[list[list[list[float]]]]:
+    import torch
+    from fmce_ops.maturity import describe_each
+
+    rows: list[list[list[list[float]]]] = describe_each(torch.from_numpy(maps))[
+        :, :, None, None
+    ].tolist()
+    return rows
+
+
 def test_bare_mlflow_ui_shows_the_runs(project: Path) -> None:
     with server(project, "mlflow", "ui", ready="/health") as address:
         body = json.dumps({"max_results": 10}).encode()

@@ -2,8 +2,9 @@
 
 from fmce_ops.data.batches import Augment, TrainBatches, augment, epoch_order, to_input
 from fmce_ops.data.images import Images, ImagesSummary
+from fmce_ops.data.pictures import read_pictures
 from fmce_ops.data.prepare import prepare
-from fmce_ops.data.seeds import derive_seed
+from fmce_ops.data.seeds import derive_seed, generator
 
 __all__ = [
     "Augment",
@@ -13,6 +14,8 @@ __all__ = [
     "augment",
     "derive_seed",
     "epoch_order",
+    "generator",
     "prepare",
+    "read_pictures",
     "to_input",
 ]

@@ -150,7 +150,18 @@ def _default_cut(network: nn.Module) -> str | None:
     return next((cut for kind, cut in cuts if isinstance(network, getattr(models, kind))), None)
 
 
-def _network(name: str, classes: int) -> nn.Module:
+def make_network(name: str, classes: int | None = None) -> nn.Module:
+    """A whole untrained network, as its maker makes it; the terms are those of :func:`build`.
+
+    Raises
+    ------
+    ModelError
+        There is no such network.
+    """
+    return _network(name, classes)
+
+
+def _network(name: str, classes: int | None) -> nn.Module:
     if ":" in name:
         return _from_factory(name, classes)
     from torchvision import models
@@ -162,7 +173,7 @@ def _network(name: str, classes: int) -> nn.Module:
             f"There is no backbone {name!r} in torchvision: perhaps {' or '.join(near)}, "
             "or give your own as package.module:factory."
         )
-    options: dict[str, Any] = {"num_classes": classes}
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads lie outside the backbone; the usual initialisation is asked for
         # by name because torchvision warns otherwise.
@@ -170,7 +181,7 @@ def _network(name: str, classes: int) -> nn.Module:
     return models.get_model(name, weights=None, **options)
 
 
-def _from_factory(name: str, classes: int) -> nn.Module:
+def _from_factory(name: str, classes: int | None) -> nn.Module:
     module, _, factory = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), factory)
@@ -180,7 +191,7 @@ def _from_factory(name: str, classes: int) -> nn.Module:
             "of a module that Python can import."
         ) from error
     try:
-        network = make(num_classes=classes)
+        network = make() if classes is None else make(num_classes=classes)
     except TypeError as error:
         raise ModelError(
             f"The backbone {name!r} could not be made ({error}): "

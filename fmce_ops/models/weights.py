@@ -1,9 +1,11 @@
 """Weights on disk: safetensors, whole or not at all, the same bytes for the same content."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -72,3 +74,36 @@ def load_into(module: nn.Module, path: Path) -> dict[str, str]:
         )
     module.load_state_dict(state)
     return metadata
+
+
+def load_checkpoint(module: nn.Module, path: Path) -> None:
+    """Load weights that anyone saved: safetensors, or a ``state_dict`` that torch saved.
+
+    Nothing in the file is executed. A dictionary may hold the weights beneath ``state_dict``,
+    ``model`` or ``network``.
+
+    Raises
+    ------
+    ModelError
+        The file is missing or damaged, holds more than tensors and plain values, or does not fit.
+    """
+    if path.suffix == ".safetensors":
+        load_into(module, path)
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ModelError(
+            f"{path} cannot be read as plain weights ({type(error).__name__}): save the network's "
+            "state_dict."
+        ) from error
+    for key in ("state_dict", "model", "network"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path} does not fit the network ({str(error).splitlines()[0]}): "
+            "name the network that it was saved from."
+        ) from error

@@ -59,6 +59,11 @@ def evaluate(model_uri: str, params_file: Path) -> Evaluation:
     folder = model_folder(model_uri)
     refuse_unknown_code(folder, params_file)
     network, module = load_network(folder)
+    if network.kind == "maturity":
+        raise ModelError(
+            f"{model_uri} judges maturity, and its data are runs: its figures on runs left out are "
+            "in results/maturity.json; score a network with 'fmce-ops score'."
+        )
     on_maps = network.kind == "fmce-net"
     matrix = _on_shards(network, module) if on_maps else _on_images(network, module)
     values = asdict(Figures.of(matrix))

@@ -16,7 +16,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+RunName = Annotated[str, Field(pattern="^[A-Za-z0-9_]+$")]  # part of the name of a stage
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
+
+
+RUN_SECTIONS = ("data", "model", "train", "markers")  # that a run of maturity.runs may change
 
 
 class Section(BaseModel):
@@ -140,6 +144,22 @@ class PathwaysParams(Section):
     seed: Seed = 0
 
 
+class StudyParams(Section):
+    """What is described of each run of ``maturity.runs``."""
+
+    images: Annotated[int, Field(ge=2)] = 256  # of training
+    checkpoints: Annotated[int, Field(ge=2)] = 12  # of a run at most
+    seed: Seed = 0  # draws the images
+
+
+class MaturityParams(Section):
+    """A judge that has seen several runs, for runs that it has not seen."""
+
+    runs: dict[RunName, dict[str, Any]] = {}  # name: what differs from data, model, train, markers
+    steps: Count = 400  # of the judge's training
+    seed: Seed = 0
+
+
 class ReportParams(Section):
     """The report."""
 
@@ -157,6 +177,8 @@ class Params(Section):
     fmce: FmceParams = FmceParams()
     posttrain: PosttrainParams = PosttrainParams()
     pathways: PathwaysParams = PathwaysParams()
+    study: StudyParams = StudyParams()
+    maturity: MaturityParams = MaturityParams()
     report: ReportParams = ReportParams()
 
     @model_validator(mode="after")
@@ -168,6 +190,31 @@ class Params(Section):
                 f"train.points_per_epoch records {points} points: record more or ask for fewer"
             )
         return self
+
+    @model_validator(mode="after")
+    def _runs_make_sense(self) -> "Params":
+        for name in self.maturity.runs:
+            try:
+                self.of_run(name)
+            except ValidationError as error:
+                sentence = _sentence(error).rstrip(".")
+                raise ValueError(f"maturity.runs.{name}: {sentence}") from None
+        return self
+
+    def of_run(self, name: str) -> "Params":
+        """The parameters of a run of ``maturity.runs``: these, with what it says laid over them."""
+        changes = self.maturity.runs[name]
+        strange = [section for section in changes if section not in RUN_SECTIONS]
+        if strange:
+            raise ValueError(f"a run changes {', '.join(RUN_SECTIONS)}, not {strange[0]}")
+        kept = self.model_dump(include={*RUN_SECTIONS, "study"})
+        return Params.model_validate(_laid_over(kept, changes))
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
 
 
 def load_params(path: Path) -> Params:

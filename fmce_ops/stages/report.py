@@ -23,10 +23,11 @@ PICTURES = {
     "similarity": RESULTS / "pathways" / "similarity.png",
     "needed": RESULTS / "pathways" / "needed.png",
     "detection": RESULTS / "pathways" / "detection.png",
+    "left_out": RESULTS / "maturity" / "left_out.png",
 }
 FACTS = {
     name: RESULTS / f"{name}.json"
-    for name in ("prepare", "train", "features", "fmce", "posttrain", "pathways")
+    for name in ("prepare", "train", "features", "fmce", "posttrain", "pathways", "maturity")
 }
 
 

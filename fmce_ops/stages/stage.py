@@ -25,6 +25,7 @@ PHASES = Path("data/phases")
 FMCS = Path("data/fmcs")
 TARGETS = Path("data/targets")
 PATHS = Path("data/paths.h5")
+STUDY = Path("data/study")
 RESULTS = Path("results")
 LOSSES, MARKERS = RESULTS / "losses.csv", RESULTS / "markers.json"
 

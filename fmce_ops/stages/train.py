@@ -39,14 +39,12 @@ def run(params: Params, progress: Reporter | None = None) -> None:
         ) as stage,
         Images.open(IMAGES) as images,
     ):
-        settings = params.train
-        plan = Plan(**settings.model_dump(exclude={"batch_size", "augment", "precision"}))
         history = train_classifier(
             fabric,
             build_classifier(params, len(images.classes)),
-            _batches(fabric, images, params),
-            _validation(fabric, images, params),
-            plan,
+            training_batches(fabric, images, params),
+            validation(fabric, images, params),
+            training_plan(params),
             stage.folder,
             stage.reporter,
         )
@@ -54,7 +52,13 @@ def run(params: Params, progress: Reporter | None = None) -> None:
             _publish(history, stage.folder)
 
 
-def _batches(fabric: Fabric, images: Images, params: Params) -> TrainBatches:
+def training_plan(params: Params) -> Plan:
+    """How ``params`` ask to train."""
+    return Plan(**params.train.model_dump(exclude={"batch_size", "augment", "precision"}))
+
+
+def training_batches(fabric: Fabric, images: Images, params: Params) -> TrainBatches:
+    """The training images of ``params``, this process's share, on its device."""
     pixels, labels = images.load("train")
     return TrainBatches(
         pixels.to(fabric.device),
@@ -70,7 +74,8 @@ def _batches(fabric: Fabric, images: Images, params: Params) -> TrainBatches:
     )
 
 
-def _validation(fabric: Fabric, images: Images, params: Params) -> Validation:
+def validation(fabric: Fabric, images: Images, params: Params) -> Validation:
+    """The validation images of ``params``, on the device."""
     pixels, labels = images.load("val")
     size = params.data.image_size
     return Validation(

@@ -13,12 +13,18 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 import fmce_ops
 from fmce_ops.errors import ModelError
 from fmce_ops.tracking.runs import Run, connect
-from fmce_ops.tracking.serving import NETWORK, Network, load_network, save_network
+from fmce_ops.tracking.serving import (
+    MATURITY_OPTIONS,
+    NETWORK,
+    Network,
+    load_network,
+    save_network,
+)
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _PACKAGES = ("mlflow", "torch", "torchvision", "numpy", "safetensors", "h5py", "pillow")
@@ -72,7 +78,12 @@ def _signature(network: Network) -> ModelSignature:
         TensorSpec(np.dtype(np.float64), (-1, *shape), name=name if named else None)
         for name, shape in network.answers.items()
     ]
-    return ModelSignature(Schema([inputs]), Schema(outputs))
+    options = None
+    if network.kind == "maturity":
+        types = {float: DataType.double, str: DataType.string}
+        specs = [ParamSpec(n, types[type(v)], v) for n, v in MATURITY_OPTIONS.items()]
+        options = ParamSchema(specs)
+    return ModelSignature(Schema([inputs]), Schema(outputs), options)
 
 
 @dataclass(frozen=True)

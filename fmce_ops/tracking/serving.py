@@ -21,11 +21,14 @@ from torch import nn
 from fmce_ops.data import to_input
 from fmce_ops.errors import ModelError
 from fmce_ops.files import write_json
+from fmce_ops.maturity import DESCRIPTORS, Judge, Score, describe, describe_each
 from fmce_ops.models import FmceNet, build, load_into, save_weights
 from fmce_ops.pathways import PathNetwork
 
-Kind = Literal["fmce-net", "classifier", "pathways"]
+Kind = Literal["fmce-net", "classifier", "pathways", "maturity"]
 NETWORK, WEIGHTS = "network.json", "weights.safetensors"
+_SCORE = ("score", "low", "high")
+MATURITY_OPTIONS = {"depth": 1.0, "input": "maps"}  # of a request to a judge of maturity
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Network:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one input: a feature map, or an image with values 0 to 255."""
+        """(C, H, W) of one input: a feature map, or an image with values 0 to 255; -1 for any."""
+        if self.kind == "maturity":
+            return -1, -1, -1
         if self.kind == "fmce-net":
             channels, height, width = self.spec["shape"]
             return channels, height, width
@@ -60,6 +65,8 @@ class Network:
     @property
     def answers(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what an input gets; the probabilities are of phases or classes."""
+        if self.kind == "maturity":
+            return {f"{of}{name}": () for of in ("", "together_") for name in _SCORE}
         of_image = {"open_gates": (), "adversarial": ()} if self.kind == "pathways" else {}
         count = self.spec["phases"] if self.kind == "fmce-net" else len(self.spec["classes"])
         return {"probabilities": (count,), **of_image}
@@ -68,6 +75,8 @@ class Network:
         """The network that the description names, with random weights."""
         if self.kind == "fmce-net":
             return FmceNet(self.input_shape, self.spec["phases"])
+        if self.kind == "maturity":
+            return Judge(self.spec["width"], self.spec["members"])
         classes = len(self.spec["classes"])
         classifier = build(
             self.spec["backbone"],
@@ -82,7 +91,7 @@ class Network:
 
     def prepare(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the network itself takes, from what a user sends."""
-        if self.kind == "fmce-net":
+        if self.kind in ("fmce-net", "maturity"):
             return inputs
         mean, std = self.spec["mean"], self.spec["std"]
         return to_input(inputs, size=self.spec["image_size"], mean=mean, std=std)
@@ -133,20 +142,29 @@ class Predictor:
         """(n, C, H, W) finite numbers -> (n, K) float64 probabilities.
 
         A network with gates answers by name: ``probabilities``, ``open_gates`` (n,) the share of
-        filters that an image took, ``adversarial`` (n,) the detector's score, 0 to 1.
+        filters that an image took, ``adversarial`` (n,) the detector's score, 0 to 1. A judge of
+        maturity answers with ``score``, ``low`` and ``high`` (n,) of each feature map, and the
+        same of all ``together_`` (1,); ``params`` say at which ``depth`` of its network the module
+        lies, 0 the first to 1 the last, and whether the ``input`` is maps or (n, D, 1, 1) of their
+        descriptors.
         """
         inputs = torch.from_numpy(self._checked(model_input))
+        if isinstance(self.module, Judge):
+            return _judged(self.module, inputs, **{**MATURITY_OPTIONS, **(params or {})})
         parts = [self._answer(part) for part in inputs.split(256)]
         answers = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return answers if len(answers) > 1 else answers["probabilities"]
 
     def _checked(self, model_input: Any) -> NDArray[np.float32]:
-        expected = ("n", *self.network.input_shape)
+        expected = ("n", *("any" if n == -1 else n for n in self.network.input_shape))
         try:
             inputs = np.asarray(model_input, dtype=np.float32)
         except (TypeError, ValueError):
             raise _refusal(f"the input is not an array of numbers of shape {expected}.") from None
-        if inputs.ndim != 4 or inputs.shape[1:] != self.network.input_shape:
+        wanted = self.network.input_shape
+        if inputs.ndim != 4 or any(
+            w not in (-1, n) for w, n in zip(wanted, inputs.shape[1:], strict=True)
+        ):
             raise _refusal(f"the input has shape {inputs.shape}: send shape {expected}.")
         if not len(inputs):
             raise _refusal("the input is empty: send at least one.")
@@ -165,6 +183,47 @@ class Predictor:
             "open_gates": found.codes.double().mean(1).numpy(),
             "adversarial": found.adversarial.double().numpy(),
         }
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether (n, ...) is made of what is wanted; -1 stands for any."""
+    pairs = zip(shape[1:], wanted, strict=True) if len(shape) == len(wanted) + 1 else [(0, 1)]
+    return all(w in (-1, n) for n, w in pairs)
+
+
+@torch.inference_mode()
+def _judged(
+    judge: Judge, inputs: torch.Tensor, depth: float, input: str
+) -> dict[str, NDArray[np.float64]]:
+    if not 0 <= depth <= 1:
+        raise _refusal(f"the depth is {depth}: send 0 for the first module to 1 for the last.")
+    try:
+        each, together = _read(inputs, input)
+    except ModelError as error:
+        raise _refusal(str(error)) from None
+    found: dict[str, NDArray[np.float64]] = {}
+    for of, rows in {"": each, "together_": together}.items():
+        scores = judge.scores(rows, torch.full((len(rows),), float(depth)))
+        found |= {f"{of}{n}": np.array(v) for n, v in zip(_SCORE, _columns(scores), strict=True)}
+    return found
+
+
+def _read(inputs: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Descriptors of each map, and of all together."""
+    if kind == "maps":
+        return describe_each(inputs), describe(inputs)[None]
+    if kind != "descriptors":
+        raise _refusal(f"the input is said to be {kind!r}: say 'maps' or 'descriptors'.")
+    if inputs.shape[1:] != (DESCRIPTORS, 1, 1):
+        raise _refusal(
+            f"the descriptors have shape {tuple(inputs.shape)}: send (n, {DESCRIPTORS}, 1, 1)."
+        )
+    rows = inputs[:, :, 0, 0]
+    return rows, rows.mean(0, keepdim=True)
+
+
+def _columns(scores: list[Score]) -> tuple[list[float], list[float], list[float]]:
+    return [s.value for s in scores], [s.low for s in scores], [s.high for s in scores]
 
 
 def _probabilities(logits: torch.Tensor) -> NDArray[np.float64]:

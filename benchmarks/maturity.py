@@ -1,0 +1,553 @@
+"""The study behind the judge of maturity: runs left out in five ways, beside what others use.
+
+python benchmarks/maturity.py FOLDER --raw DATA            # train, describe and judge all runs
+python benchmarks/maturity.py FOLDER --raw DATA --write    # and keep the tables and the judge
+
+FOLDER holds all state: a call that was stopped goes on where it was, and several calls with
+--share 1/2 and 2/2 train and describe side by side. DATA holds MNIST and Fashion-MNIST as
+torchvision leaves them and cifar10/{train,test}/<class>/*. Weightwatcher's alpha is read where that
+package is installed.
+"""
+
+import argparse
+import hashlib
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fmce_ops.convergence import epoch_markers, maturity, smooth
+from fmce_ops.data import Augment, Images, TrainBatches, prepare, to_input
+from fmce_ops.maturity import DEPTHS, DESCRIPTORS, SIZES, Judge, find_modules, module_maps
+from fmce_ops.maturity.judge import SHIPPED
+from fmce_ops.models import Classifier, FmceNet, build, functional_modules, load_into, save_weights
+from fmce_ops.training.classifier import Plan, Validation, point_file, train_classifier
+from fmce_ops.training.devices import launch
+from fmce_ops.training.maturity import (
+    JudgePlan,
+    LeftOut,
+    StudiedRun,
+    certain_judge,
+    judged,
+    summary,
+)
+from fmce_ops.training.reporter import Reporters
+from fmce_ops.training.study import Checkpoint, choose_points, describe_run, read_run
+from scipy.stats import spearmanr
+from sklearn.isotonic import IsotonicRegression
+from torch import Tensor, nn
+
+DATA = {
+    "digits": ("digits", 100),
+    "mnist": ("mnist", 150),
+    "fashion": ("fashion-mnist", 150),
+    "cifar": ("image-folder", 150),
+}
+NETWORKS = {
+    "s05": ("shufflenet_v2_x0_5", "small", None),
+    "s10": ("shufflenet_v2_x1_0", "small", None),
+    "r20": ("fmce_ops.models.cifar:resnet20", "standard", "layer3"),
+    "cnn": ("maturity:cnn", "standard", "block3"),
+}
+MODULES = {
+    "s05": ("stage2", "stage3", "stage4", "conv5"),
+    "r20": ("layer1", "layer2", "layer3"),
+    "cnn": ("block1", "block2", "block3"),
+}
+SIZE, IMAGES, CHECKPOINTS, PHASES = 16, 256, 12, 10
+PLAN, FOLDS = JudgePlan(steps=400), 3
+
+
+def cnn(num_classes: int) -> nn.Module:
+    """Three blocks of two convolutions, 32 to 128 channels."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = 3
+    for number, width in enumerate((32, 64, 128), start=1):
+        parts: list[nn.Module] = []
+        for before in (channels, width):
+            conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
+            parts += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+        layers[f"block{number}"] = nn.Sequential(*parts, nn.MaxPool2d(2))
+        channels = width
+    layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
+    layers["fc"] = nn.Linear(channels, num_classes)
+    return nn.Sequential(layers)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A run of the study; what makes it other than fine comes after the seed."""
+
+    data: str
+    network: str
+    seed: int
+    frozen: str = ""
+    shuffled: bool = False
+    lr: float = 0.0
+    few: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        parts = [self.data, self.network, str(self.seed)]
+        parts += [f"frozen{self.frozen}"] if self.frozen else []
+        parts += ["shuffled1"] if self.shuffled else []
+        parts += [f"lr{self.lr}"] if self.lr else []
+        return "-".join([*parts, "per20-noaug1-epochs100"] if self.few else parts)
+
+    @property
+    def fine(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return not (self.frozen or self.shuffled or self.lr or self.few)
+
+    @property
+    def epochs(self) -> int:
+        """Of training."""
+        return 100 if self.few else 24
+
+
+def specs() -> list[Spec]:
+    """All runs: fine ones, and those that are not."""
+    found = [Spec(d, n, s) for s, d, n in product((0, 1), DATA, MODULES)]
+    found += [Spec(d, "s10", 0) for d in DATA]
+    found += [Spec(d, "s05", 2) for d in DATA]
+    frozen = ["cifar r20", "fashion s05", "digits cnn", "mnist r20", "digits s05", "fashion cnn"]
+    frozen += ["cifar s05", "cifar cnn", "fashion r20"]
+    for data, network in map(str.split, frozen):
+        found += [Spec(data, network, 5, frozen=module) for module in MODULES[network]]
+    for data, network in (("fashion", "s05"), ("cifar", "r20")):
+        base = Spec(data, network, 6)
+        found += [replace(base, shuffled=True), replace(base, lr=0.1), replace(base, lr=1e-5)]
+        found += [replace(base, few=True)]
+    return [*found, Spec("mnist", "cnn", 6, shuffled=True), Spec("digits", "s05", 6, lr=1e-5)]
+
+
+def images_of(folder: Path, raw: Path, data: str, per_class: int) -> Images:
+    """The prepared data set."""
+    path = folder / f"{data}-{SIZE}-{per_class}.h5"
+    if not path.exists():
+        root = raw / "cifar10" if data == "cifar" else raw
+        options = {"per_class": per_class, "validation": 0.05, "test": 0.2, "seed": 0}
+        prepare(DATA[data][0], path, root=root, image_size=SIZE, **options)
+    return Images.open(path)
+
+
+def build_network(spec: Spec, classes: int) -> Classifier:
+    """With the random weights of the run's seed."""
+    backbone, stem, cut = NETWORKS[spec.network]
+    torch.manual_seed(spec.seed)
+    return build(backbone, classes, stem=stem, cut=cut, in_size=SIZE)
+
+
+def train(spec: Spec, folder: Path, raw: Path) -> list[float]:
+    """Losses of the run; its weights of every point lie in its folder."""
+    done = folder / "runs16" / spec.name / "done.json"
+    if done.exists():
+        return list(json.loads(done.read_text())["train"])
+    images = images_of(folder, raw, spec.data, 20 if spec.few else DATA[spec.data][1])
+    network = build_network(spec, len(images.classes))
+    done.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(point_file(done.parent, 0), network.state_dict(), {})
+    if spec.frozen:
+        functional_modules(network)[spec.frozen].requires_grad_(False)
+    pixels, labels = images.load("train")
+    if spec.shuffled:
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(7))]
+    flip = spec.data in ("fashion", "cifar") and not spec.few
+    batches = TrainBatches(
+        pixels,
+        labels,
+        batch_size=32,
+        size=SIZE,
+        mean=images.mean,
+        std=images.std,
+        augment=Augment(pad=0 if spec.few else 1, flip=flip),
+        seed=spec.seed,
+    )
+    held_out = Validation(*images.load("val"), SIZE, images.mean, images.std)
+    lr = spec.lr or (2e-3 if spec.network[0] == "s" else 1e-3)
+    plan = Plan(spec.epochs, 1, "adam", lr, 0.0, "cosine", spec.seed)
+    found = train_classifier(launch(), network, batches, held_out, plan, done.parent, Reporters())
+    losses = [point.train_loss for point in found]
+    done.write_text(json.dumps({"train": losses}))
+    print(spec.name, f"trained to {losses[-1]:.4f}", flush=True)
+    return losses
+
+
+def truth(losses: Sequence[float], fine: Sequence[float]) -> list[float]:
+    """Maturity at every point: of a run that is not fine, on the scale of one that is."""
+    if losses is fine:
+        markers = epoch_markers(losses, 1, 1e-9, method="ema")
+        return maturity(losses, markers, method="ema").tolist()
+    own, scale = (np.log(smooth(curve, method="ema")) for curve in (losses, fine))
+    return ((scale[0] - own) / (scale[0] - scale[-1])).clip(0, 1).tolist()
+
+
+def described(spec: Spec, folder: Path) -> bool:
+    """Whether :func:`describe` is done with the run."""
+    return (folder / "stores" / f"{spec.name}.json").exists()
+
+
+def describe(spec: Spec, folder: Path, raw: Path) -> None:
+    """Write the run's descriptors, and what others read of the same checkpoints."""
+    store, others = folder / "stores" / spec.name, folder / "stores" / f"{spec.name}.json"
+    if described(spec, folder):
+        return
+    losses = train(spec, folder, raw)
+    fine = losses if spec.fine else train(Spec(spec.data, spec.network, 0), folder, raw)
+    curve = truth(losses, fine)
+    points = choose_points(curve, CHECKPOINTS) if spec.fine else []
+    points = (
+        points
+        if len(points) > 3
+        else np.linspace(1, len(curve), CHECKPOINTS).round().astype(int).tolist()
+    )
+    weights = folder / "runs16" / spec.name
+    start = Checkpoint(point_file(weights, 0), 0, 0.0)
+    checkpoints = [start, *(Checkpoint(point_file(weights, p), p, curve[p - 1]) for p in points)]
+    images = images_of(folder, raw, spec.data, DATA[spec.data][1])
+    pixels, labels = images.load("train")
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))[:IMAGES]
+    inputs = to_input(pixels[chosen], size=SIZE, mean=images.mean, std=images.std)
+    network = build_network(spec, len(images.classes))
+    manifest = describe_run(
+        launch(), network, checkpoints, inputs, store, Reporters(), {"run": asdict(spec)}
+    )
+    manifest.save(store)
+    read = baselines(network, checkpoints, inputs, labels[chosen])
+    read["loss"] = [losses[max(c.point, 1) - 1] for c in checkpoints]
+    others.write_text(json.dumps(read))
+    print(spec.name, "described", flush=True)
+
+
+# What others read of the last feature map, averaged over positions, or of the weights.
+
+
+@torch.no_grad()
+def baselines(
+    network: Classifier, checkpoints: Sequence[Checkpoint], inputs: Tensor, labels: Tensor
+) -> dict[str, list[float]]:
+    """A value of each for every checkpoint."""
+    vectors, alphas = [], []
+    for checkpoint in checkpoints:
+        load_into(network, checkpoint.file)
+        modules = find_modules(network, inputs)
+        vectors.append(module_maps(network, inputs, modules[-1:])[modules[-1].name].mean((2, 3)))
+        alphas.append(alpha(network))
+    found = {
+        "effective rank": [effective_rank(v) for v in vectors],
+        "NC1": [collapse(v, labels) for v in vectors],
+        "CKA to the end": [cka(v, vectors[-1]) for v in vectors],
+        "LogME": [logme(v.double(), labels) for v in vectors],
+    }
+    return found if None in alphas else {**found, "alpha": [a for a in alphas if a is not None]}
+
+
+def effective_rank(vectors: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values (Roy, Vetterli, 2007)."""
+    values = torch.linalg.svdvals(vectors)
+    shares = values / values.sum().clamp_min(1e-12)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def collapse(vectors: Tensor, labels: Tensor) -> float:
+    """NC1, log trace of within-class over between-class scatter (arXiv 2008.08186)."""
+    means = torch.stack([vectors[labels == k].mean(0) for k in labels.unique()])
+    within = (vectors - means[torch.searchsorted(labels.unique(), labels)]).double()
+    between = (means - vectors.mean(0)).double()
+    scatter = within.T @ within / len(vectors)
+    apart = torch.linalg.pinv(between.T @ between / len(means), hermitian=True, rtol=1e-6)
+    return float((scatter @ apart).trace().div(len(means)).clamp_min(1e-12).log())
+
+
+def cka(one: Tensor, other: Tensor) -> float:
+    """Linear centred kernel alignment (arXiv 1905.00414)."""
+    one, other = one - one.mean(0), other - other.mean(0)
+    cross = (other.T @ one).norm() ** 2
+    return float(cross / ((one.T @ one).norm() * (other.T @ other).norm()).clamp_min(1e-12))
+
+
+def logme(vectors: Tensor, labels: Tensor) -> float:
+    """Mean log maximum evidence of linear models of the labels (arXiv 2102.11005)."""
+    u, s, _ = torch.linalg.svd(vectors, full_matrices=False)
+    count, width = vectors.shape
+    energies, total = s.square(), 0.0
+    for k in labels.unique():
+        y = (labels == k).double()
+        projected = (u.T @ y).square()
+        outside = (y.square().sum() - projected.sum()).clamp_min(0)
+        a, b = 1.0, 1.0  # precisions of the weights and of the noise
+        for _ in range(20):
+            gamma = float((b * energies / (a + b * energies)).sum())
+            weight = float((projected * energies * b**2 / (a + b * energies).square()).sum())
+            error = float((projected * a**2 / (a + b * energies).square()).sum() + outside)
+            a, b = gamma / max(weight, 1e-12), (count - gamma) / max(error, 1e-12)
+        evidence = width * np.log(a) + count * np.log(b) - b * error - a * weight
+        evidence -= float((a + b * energies).log().sum()) + (width - len(s)) * np.log(a)
+        total += float(evidence - count * np.log(2 * np.pi)) / 2 / count
+    return total / len(labels.unique())
+
+
+def alpha(network: nn.Module) -> float | None:
+    """Mean exponent of the layers' spectra (WeightWatcher); None without that package."""
+    try:
+        import weightwatcher
+    except ImportError:
+        return None
+    import logging
+
+    logging.getLogger("weightwatcher").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        details = weightwatcher.WeightWatcher(model=network).analyze(min_evals=10)
+    return float(details["alpha"].mean())
+
+
+# Runs left out.
+
+
+@dataclass(frozen=True)
+class Read:
+    """A run as the judge reads it, and as others do."""
+
+    spec: Spec
+    run: StudiedRun
+    others: dict[str, list[float]]
+
+
+def read(spec: Spec, folder: Path) -> Read:
+    """What :func:`describe` wrote. The truth of a frozen module is 0 throughout."""
+    store = folder / "stores" / spec.name
+    run = read_run(store, spec.name)
+    if spec.frozen:
+        known = run.maturity.clone()
+        known[:, place(run, spec)] = 0.0
+        run = replace(run, maturity=known)
+    return Read(spec, run, json.loads(Path(f"{store}.json").read_text()))
+
+
+def place(run: StudiedRun, spec: Spec) -> int:
+    """Which module is the frozen one."""
+    return next(i for i, name in enumerate(run.modules) if name.endswith(f".{spec.frozen}"))
+
+
+Split = tuple[str, Callable[[Spec, Spec], bool], Callable[[Spec], bool]]
+SPLITS: list[Split] = [
+    # what is left out with a run; the runs that are judged
+    ("unseen seed", lambda a, b: a == b, lambda s: s.fine and s.network != "s10"),
+    ("unseen width", lambda a, b: b.network == "s10", lambda s: s.network == "s10"),
+    ("unseen family", lambda a, b: a.network[0] == b.network[0], lambda s: s.fine),
+    ("unseen data set", lambda a, b: a.data == b.data, lambda s: s.fine),
+    ("labels shuffled", lambda a, b: a == b, lambda s: s.shuffled),
+    ("learning rate too high", lambda a, b: a == b, lambda s: s.lr == 0.1),
+    ("learning rate too low", lambda a, b: a == b, lambda s: s.lr == 1e-5),
+    ("overfitted", lambda a, b: a == b, lambda s: s.few),
+    ("one module frozen", lambda a, b: a == b, lambda s: bool(s.frozen)),
+]
+
+
+def judge_split(split: Split, runs: Sequence[Read], folder: Path) -> dict[str, LeftOut]:
+    """Each run of the split by a judge that saw none of what is left out with it."""
+    found = {}
+    for read_ in [r for r in runs if split[2](r.spec)]:
+        found[read_.run.name] = judged(judge_of(learned(split, read_, runs), folder), read_.run)
+    return found
+
+
+def learned(split: Split, judged_: Read, runs: Sequence[Read]) -> list[StudiedRun]:
+    """The runs that a judge may learn from: fine ones, and those with a frozen module."""
+    return [
+        r.run
+        for r in runs
+        if (r.spec.fine or r.spec.frozen)
+        and r.spec != judged_.spec
+        and not split[1](judged_.spec, r.spec)
+    ]
+
+
+def judge_of(runs: Sequence[StudiedRun], folder: Path) -> Judge:
+    """A judge that learned from these runs, made once and kept."""
+    key = repr([run.name for run in runs]) + repr(PLAN) + repr((FOLDS, DESCRIPTORS))
+    path = folder / "judges" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        save_weights(path, certain_judge(runs, PLAN, FOLDS).state_dict(), {})
+    judge = Judge(PLAN.width, PLAN.members)
+    load_into(judge, path)
+    return judge.eval()
+
+
+def baseline_figures(name: str, split: Split, runs: Sequence[Read]) -> tuple[float, float] | None:
+    """Spearman and mean absolute error; its scale is learned from the runs that a judge may see."""
+    _, apart, chosen = split
+    figures = []
+    for read_ in [r for r in runs if chosen(r.spec)]:
+        known = [r for r in runs if r.spec.fine and not apart(read_.spec, r.spec)]
+        known = [r for r in known if r.spec != read_.spec]
+        if name not in read_.others:
+            return None
+        x = np.concatenate([r.others[name] for r in known])
+        y = np.concatenate([r.run.maturity[:, -1].numpy() for r in known])
+        scale = IsotonicRegression(increasing="auto", out_of_bounds="clip").fit(x, y)
+        true = read_.run.maturity[:, -1].numpy()
+        values = np.asarray(read_.others[name])
+        order = spearmanr(values, true).statistic if len(set(true)) > 1 < len(set(values)) else 0.0
+        sign = 1 if scale.increasing_ else -1
+        figures.append(
+            (sign * float(np.nan_to_num(order)), np.abs(scale.predict(values) - true).mean())
+        )
+    return float(np.mean([f[0] for f in figures])), float(np.mean([f[1] for f in figures]))
+
+
+def fmce_net(folder: Path, raw: Path, runs: Sequence[Read]) -> dict[str, LeftOut]:
+    """The published network, learned from one run, on another seed of the same task."""
+    found = {}
+    for known, new in ((0, 1), (1, 0)):
+        for data in DATA:
+            maps = {s: last_maps(Spec(data, "s05", s), folder, raw, runs) for s in (known, new)}
+            torch.manual_seed(0)
+            (x, truth_known), (y, truth_new) = maps[known], maps[new]
+            network = FmceNet(tuple(x.shape[2:]), len(x))
+            optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+            flat, phase = x.flatten(0, 1), torch.arange(len(x)).repeat_interleave(x.shape[1])
+            for chosen in (
+                torch.stack([torch.randperm(len(flat)) for _ in range(4)]).flatten().split(64)
+            ):
+                loss = F.cross_entropy(network(flat[chosen]), phase[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                shares = network.eval()(y.flatten(0, 1)).softmax(1)
+            each = (shares @ truth_known).view(y.shape[:2])
+            whole = each.mean(1, keepdim=True)
+            value = torch.cat([each, whole], dim=1)
+            size = torch.tensor([0] * y.shape[1] + [len(SIZES) - 1]).expand(value.shape)
+            true = truth_new[:, None].expand(value.shape).flatten()
+            said, size = value.flatten(), size.flatten()
+            last = torch.full_like(size, DEPTHS - 1)
+            found[f"{data}-{new}"] = LeftOut(said, said, said, true, size, last)
+    return found
+
+
+def last_maps(spec: Spec, folder: Path, raw: Path, runs: Sequence[Read]) -> tuple[Tensor, Tensor]:
+    """Of the last module at the checkpoints of a run: (checkpoints, IMAGES, C, h, w), maturity."""
+    images = images_of(folder, raw, spec.data, DATA[spec.data][1])
+    pixels, _ = images.load("train")
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))[:IMAGES]
+    inputs = to_input(pixels[chosen], size=SIZE, mean=images.mean, std=images.std)
+    network = build_network(spec, len(images.classes))
+    run = next(r.run for r in runs if r.spec == spec)
+    manifest = json.loads((folder / "stores" / spec.name / "manifest.json").read_text())
+    maps = []
+    for point in manifest["provenance"]["points"]:
+        load_into(network, point_file(folder / "runs16" / spec.name, point))
+        with torch.no_grad():
+            maps.append(network.eval().features(inputs))
+    return torch.stack(maps), run.maturity[:, -1]
+
+
+def named_frozen(found: dict[str, LeftOut], runs: Sequence[Read]) -> tuple[int, int]:
+    """In how many runs the module of least maturity, at the end, is the one that was frozen."""
+    hits = []
+    for r in runs:
+        if r.spec.frozen:
+            last = found[r.run.name].value.view(r.run.descriptors.shape[:3])[-1, -1]
+            hits.append(int(last.argmin()) == place(r.run, r.spec))
+    return sum(hits), len(hits)
+
+
+def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
+    """The tables."""
+    rows, named = [], ""
+    for split in SPLITS:
+        found = judge_split(split, runs, folder)
+        one, many = summary(list(found.values()), min), summary(list(found.values()), max)
+        rows.append(row(split[0], "judge", len(found), one, many))
+        if split[0] == "one module frozen":
+            named = "{} of {}".format(*named_frozen(found, runs))
+        if split[0] == "unseen seed":
+            found = fmce_net(folder, raw, runs)
+            one, many = summary(list(found.values()), min), summary(list(found.values()), max)
+            for figures in (one, many):
+                figures["coverage"] = float("nan")
+            rows.append(row(split[0], "FMCE-Net (ShuffleNet V2 x0.5)", len(found), one, many))
+        for name in ("effective rank", "NC1", "CKA to the end", "LogME", "alpha", "loss"):
+            figures_ = baseline_figures(name, split, runs)
+            if figures_ is not None:
+                order, error = figures_
+                rows.append(
+                    f"| {split[0]} | {name} | | | | | {order:.2f} | {error * PHASES:.1f} | |"
+                )
+    table = "\n".join(rows)
+    fine = sum(r.spec.fine for r in runs)
+    return f"""# Maturity of runs left out
+
+`python benchmarks/maturity.py FOLDER --raw DATA --write`; {len(runs)} runs, {fine} of them fine, \
+{SIZE} px, {IMAGES} images, torch {torch.__version__}. Last module. Spearman and error are means \
+over the judged runs; the error is in phases, tenths of the maturity; coverage is that of the 90 % \
+interval. A run is never judged by a judge that has seen it; what is unseen names what else was \
+left out. What others read gets its scale by isotonic regression from the same fine runs; LogME, \
+NC1 and the loss need labels, CKA the final weights.
+
+| unseen or wrong | who | runs | {headings("image")} | {headings("batch")} |
+|---|---|---|---|---|---|---|---|---|
+{table}
+
+The module that was frozen at its random start is the one that the table of its network names, at \
+the end of training: {named} runs.
+"""
+
+
+def headings(of: str) -> str:
+    """Of three columns."""
+    return " | ".join(f"{figure}, {of}" for figure in ("Spearman", "error", "coverage"))
+
+
+def row(split: str, who: str, runs: int, one: dict[str, float], many: dict[str, float]) -> str:
+    """Of the table."""
+
+    def cells(figures: dict[str, float]) -> str:
+        coverage = figures["coverage"]
+        shown = "" if np.isnan(coverage) else f"{coverage:.2f}"
+        return f"{figures['spearman']:.2f} | {figures['error'] * PHASES:.1f} | {shown}"
+
+    return f"| {split} | {who} | {runs} | {cells(one)} | {cells(many)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--raw", type=Path, required=True)
+    parser.add_argument("--share", default="1/1", help="describe every so many-th run alone")
+    parser.add_argument("--write", action="store_true", help="keep the tables and the judge")
+    options = parser.parse_args()
+    mine, of = map(int, options.share.split("/"))
+    everything = specs()
+    for spec in everything[mine - 1 :: of]:
+        describe(spec, options.folder, options.raw)
+    if of > 1 and not all(described(spec, options.folder) for spec in everything):
+        return  # the other shares are still at work
+    runs = [read(spec, options.folder) for spec in everything]
+    for split in SPLITS:
+        for number, chosen in enumerate(r for r in runs if split[2](r.spec)):
+            if number % of == mine - 1:
+                judge_of(learned(split, chosen, runs), options.folder)
+    if of > 1:
+        return
+    text = report(options.folder, options.raw, runs)
+    print(text)
+    if options.write:
+        everyone = [r.run for r in runs if r.spec.fine or r.spec.frozen]
+        save_weights(SHIPPED, certain_judge(everyone, PLAN).state_dict(), {})
+        Path(__file__).with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

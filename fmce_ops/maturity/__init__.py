@@ -1,0 +1,39 @@
+"""Maturity that transfers: scores for the modules of any network, also one never seen."""
+
+from fmce_ops.maturity.descriptors import DESCRIPTORS, describe, describe_bags, describe_each
+from fmce_ops.maturity.judge import (
+    COVERAGE,
+    DEPTHS,
+    FEWEST,
+    SIZES,
+    Judge,
+    Score,
+    cells,
+    depths,
+    half_width,
+    load_judge,
+)
+from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
+from fmce_ops.maturity.scoring import next_to_train, score
+
+__all__ = [
+    "COVERAGE",
+    "DEPTHS",
+    "DESCRIPTORS",
+    "FEWEST",
+    "SIZES",
+    "FunctionalModule",
+    "Judge",
+    "Score",
+    "cells",
+    "depths",
+    "describe",
+    "describe_bags",
+    "describe_each",
+    "find_modules",
+    "half_width",
+    "load_judge",
+    "module_maps",
+    "next_to_train",
+    "score",
+]

@@ -1,0 +1,204 @@
+"""What is read of feature maps: numbers that know neither the order nor the count of channels.
+
+A judge of maturity must read the maps of networks that it has never seen, so that nothing here may
+depend on which channel is which, on how many there are, or on the size of the map.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmce_ops.errors import ModelError
+
+_QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
+_SIDE = 8  # of the map whose singular values are taken; larger maps are averaged to it
+_ENERGIES = (1, 2, 4, 8, 16, 32)  # directions whose share of the variance over images is read
+_AT_ONCE = 2**20  # numbers that are worked on together, so that they stay near the processor
+_TINY = 1e-12
+_ALONE, _BETWEEN = 4 * len(_QUANTILES) + 7, 4 * len(_QUANTILES) + 4 + len(_ENERGIES)
+DESCRIPTORS = _ALONE + _BETWEEN + 1  # numbers that describe any count of maps
+
+
+def describe(maps: Tensor) -> Tensor:
+    """Descriptors of N >= 1 maps of one module together.
+
+    Relative to each map's mean absolute value, and then as the mean over maps: quantiles over
+    channels of the mean, of the standard deviation, of the largest value and of the share of
+    positive values; log scale, sparsity, kurtosis, roughness, and the spectrum of channels x
+    positions. Between the maps, averaged over positions: the share of their energy that all have
+    in common, the spectrum of the rest, the cosines, the distance to the nearest other, and over
+    channels the kurtosis and the variation; zero where there is one map alone. The last is log2 N.
+
+    Parameters
+    ----------
+    maps : (N, C, h, w), or (N, C) for one position each.
+
+    Returns
+    -------
+    (DESCRIPTORS,) float32, finite.
+
+    Raises
+    ------
+    ModelError
+        ``maps`` is not of that shape, or not finite.
+    """
+    maps = _checked(maps)
+    return _together(maps, _each(maps))
+
+
+def describe_each(maps: Tensor) -> Tensor:
+    """What :func:`describe` gives for each of N maps alone: (N, DESCRIPTORS)."""
+    each = _each(_checked(maps))
+    return F.pad(each, (0, DESCRIPTORS - each.shape[1]))
+
+
+def describe_bags(maps: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What :func:`describe` gives for the first ``sizes[0]`` maps, for the next, and so on.
+
+    Each size starts again from the first map where the maps are used up.
+
+    Returns
+    -------
+    (len(sizes), DESCRIPTORS)
+    """
+    maps = _checked(maps)
+    each = _each(maps)
+    rows, start = [], 0
+    for size in sizes:
+        start = start if start + size <= len(maps) else 0
+        chosen = slice(start, start + size)
+        rows.append(_together(maps[chosen], each[chosen]))
+        start += size
+    return torch.stack(rows)
+
+
+def _together(maps: Tensor, each: Tensor) -> Tensor:
+    between = _between(maps) if len(maps) > 1 else maps.new_zeros(_BETWEEN)
+    count = maps.new_tensor([math.log2(len(maps))])
+    return torch.cat([each.mean(0), between, count])
+
+
+def _each(maps: Tensor) -> Tensor:
+    at_once = max(1, _AT_ONCE // maps[0].numel())
+    return torch.cat([_alone(part) for part in maps.split(at_once)])
+
+
+def _alone(maps: Tensor) -> Tensor:
+    values = maps.flatten(2)
+    scale = values.abs().mean(dim=(1, 2), keepdim=True).clamp_min(_TINY)
+    values = values / scale
+    square = values.square()
+    mean, power = values.mean(2), square.mean(2)
+    spread = (power - mean.square()).clamp_min(0).sqrt()
+    channels = mean, spread, values.amax(2), (values > 0).float().mean(2)
+    form = square.flatten(1)
+    energy = power.mean(1).clamp_min(1.0)  # no less than the square of the mean
+    numbers = (
+        scale.flatten().log(),
+        energy.rsqrt(),  # sparsity
+        (form.square().mean(1) / energy.square()).log1p(),  # kurtosis
+        _roughness(values.view_as(maps), spread),
+        *_spectrum(values.view_as(maps)),
+    )
+    quantiles = [_quantiles(_compressed(part)) for part in channels]
+    return torch.cat([*quantiles, torch.stack(numbers, dim=1)], dim=1)
+
+
+def _between(maps: Tensor) -> Tensor:
+    maps = maps / maps.abs().mean().clamp_min(_TINY)
+    pooled = maps.flatten(2).mean(2)
+    mean = pooled.mean(0)
+    rest = pooled - mean
+    energy = pooled.square().sum(1).mean().clamp_min(_TINY)
+    variance = rest.square().sum(1).mean()
+    total = (maps.square().sum() / maps[:, 0].numel() - mean.square().sum()).clamp_min(_TINY)
+    shares = torch.stack([variance / energy, variance / total])
+    return torch.cat([shares, _directions(rest), _neighbours(rest), _selectivity(pooled)])
+
+
+def _checked(maps: Tensor) -> Tensor:
+    if maps.ndim not in (2, 4) or not maps.numel():
+        raise ModelError(f"the feature maps have shape {tuple(maps.shape)}: give (N, C, h, w).")
+    maps = maps.float()
+    if not torch.isfinite(maps).all():
+        raise ModelError("the feature maps hold a number that is not finite: check the weights.")
+    return maps if maps.ndim == 4 else maps[:, :, None, None]
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    """Along the last dimension, which they replace."""
+    at = torch.tensor(_QUANTILES, device=values.device)
+    return values.quantile(at, dim=-1).movedim(0, -1)
+
+
+def _compressed(values: Tensor) -> Tensor:
+    return values.sign() * values.abs().log1p()
+
+
+def _roughness(maps: Tensor, spread: Tensor) -> Tensor:
+    """Mean square step between neighbours over twice the variance within channels: (N,), 0 to 2."""
+    steps = [
+        maps.diff(dim=side).square().mean(dim=(1, 2, 3)) for side in (2, 3) if maps.shape[side] > 1
+    ]
+    if not steps:
+        return maps.new_zeros(len(maps))
+    variance = spread.square().mean(1).clamp_min(1e-6)
+    return (torch.stack(steps).mean(0) / (2 * variance)).clamp_max(2.0)
+
+
+def _spectrum(maps: Tensor) -> Iterator[Tensor]:
+    """Of channels x positions: log mean energy, and twice how evenly directions share it: (N,).
+
+    Evenness is read from moments of the energies, the participation ratio and the same of their
+    squares, which need products alone.
+    """
+    if max(maps.shape[2:]) > _SIDE:
+        height, width = (min(side, _SIDE) for side in maps.shape[2:])
+        maps = F.adaptive_avg_pool2d(maps, (height, width))
+    values = maps.flatten(2)
+    if values.shape[1] < values.shape[2]:
+        values = values.mT
+    gram = values.mT @ values / values.shape[1]
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(_TINY)
+    first = gram.square().sum(dim=(1, 2)).clamp_min(_TINY)
+    second = (gram @ gram).square().sum(dim=(1, 2)).clamp_min(_TINY**2)
+    directions = gram.shape[1]
+    yield (trace / directions).log()
+    for ratio in (trace.square() / first, first.square() / second):
+        yield ratio.log() / math.log(max(directions, 2))
+
+
+def _directions(rest: Tensor) -> Tensor:
+    """Spectrum of centred vectors (N, C): log effective rank, participation, shares of energy."""
+    gram = rest @ rest.T if len(rest) < rest.shape[1] else rest.T @ rest
+    energies = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(0).float()
+    shares = energies / energies.sum().clamp_min(_TINY)
+    entropy = torch.special.entr(shares).sum()
+    participation = -shares.square().sum().clamp_min(_TINY).log()
+    cumulated = shares.cumsum(0)
+    first = [cumulated[min(count, len(shares)) - 1] for count in _ENERGIES]
+    return torch.stack([entropy, participation, *first])
+
+
+def _neighbours(rest: Tensor) -> Tensor:
+    """Quantiles of the cosines between images, and of the nearest one's share of the distance."""
+    unit = F.normalize(rest, dim=1)
+    cosines = unit @ unit.T
+    others = ~torch.eye(len(rest), dtype=torch.bool, device=rest.device)
+    distances = torch.cdist(rest, rest)
+    nearest = distances.masked_fill(~others, torch.inf).amin(1)
+    ratio = nearest / distances[others].mean().clamp_min(_TINY)
+    return torch.cat([_quantiles(cosines[others]), _quantiles(ratio)])
+
+
+def _selectivity(pooled: Tensor) -> Tensor:
+    """Over channels: quantiles of the log kurtosis and of the log variation over images."""
+    rest = pooled - pooled.mean(0)
+    variance = rest.square().mean(0)
+    kurtosis = rest.pow(4).mean(0) / variance.square().clamp_min(_TINY)
+    size = pooled.abs().mean(0)
+    variation = variance.sqrt() / size.clamp_min(_TINY)
+    return torch.cat([_quantiles(kurtosis.log1p()), _quantiles(variation.log1p())])

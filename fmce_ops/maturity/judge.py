@@ -1,0 +1,167 @@
+"""The judge: from what is read of feature maps to a score of maturity, with an interval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fmce_ops.errors import ModelError
+from fmce_ops.maturity.descriptors import DESCRIPTORS
+
+SIZES = (1, 16, 64, 256)  # counts of images for which intervals are known
+DEPTHS = 3  # parts of a network, first to last, for which intervals are known
+SHIPPED = Path(__file__).with_name("judge.safetensors")
+COVERAGE = 0.9  # the probability with which an interval holds the truth of a new run
+FEWEST = 9  # runs that bear such an interval: COVERAGE / (1 - COVERAGE)
+_LIMIT = 5.0  # standard deviations; what lies farther out is none of what the judge has seen
+
+
+@dataclass(frozen=True)
+class Score:
+    """The maturity of a module: 0 as at the start of training, 1 as at its convergence.
+
+    Attributes
+    ----------
+    value : of the judge.
+    low, high : the interval that holds nine of ten runs that the judge has never seen.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+class Judge(nn.Module):
+    """Small networks that vote on the maturity behind the descriptors of a module's maps.
+
+    It knows no channel, no count of channels and no size of map, so that it judges networks that
+    it has not seen. All that it needs is in its ``state_dict``: weights, the mean and standard
+    deviation of the descriptors, and half the width of the intervals.
+
+    Parameters
+    ----------
+    width : of the two hidden layers.
+    members : how many networks vote.
+    """
+
+    mean: Tensor
+    std: Tensor
+    half_widths: Tensor
+
+    def __init__(self, width: int = 64, members: int = 4) -> None:
+        super().__init__()
+        sides = [DESCRIPTORS + 1, width, width, 1]
+        shapes = list(pairwise(sides))
+        self.weights = nn.ParameterList(torch.randn(members, a, b) * a**-0.5 for a, b in shapes)
+        self.biases = nn.ParameterList(torch.zeros(members, 1, b) for _, b in shapes)
+        self.register_buffer("mean", torch.zeros(DESCRIPTORS + 1))
+        self.register_buffer("std", torch.ones(DESCRIPTORS + 1))
+        self.register_buffer("half_widths", torch.ones(len(SIZES), DEPTHS))
+
+    def standardised(self, descriptors: Tensor, depth: Tensor) -> Tensor:
+        """What the networks take: (N, DESCRIPTORS) and (N,) -> (N, DESCRIPTORS + 1)."""
+        inputs = torch.cat([descriptors, depth[:, None]], dim=1)
+        return ((inputs - self.mean) / self.std).clamp(-_LIMIT, _LIMIT)
+
+    def votes(self, inputs: Tensor, drop: float = 0.0) -> Tensor:
+        """Logits of the maturity, (members, N), of standardised inputs (N, DESCRIPTORS + 1)."""
+        hidden = inputs.expand(len(self.weights[0]), *inputs.shape)
+        layers = list(zip(self.weights, self.biases, strict=True))
+        for weight, bias in layers[:-1]:
+            hidden = F.dropout(F.gelu(torch.baddbmm(bias, hidden, weight)), drop, drop > 0)
+        return torch.baddbmm(layers[-1][1], hidden, layers[-1][0])[..., 0]
+
+    def forward(self, descriptors: Tensor, depth: Tensor) -> Tensor:
+        """Maturity (N,), 0 to 1.
+
+        Parameters
+        ----------
+        descriptors : (N, DESCRIPTORS), rows of :func:`fmce_ops.maturity.describe`.
+        depth : (N,), where the module lies: 0 the first of its network, 1 the last.
+        """
+        return self.votes(self.standardised(descriptors, depth)).sigmoid().mean(0)
+
+    @torch.no_grad()
+    def scores(self, descriptors: Tensor, depth: Tensor) -> list[Score]:
+        """Maturity with its interval for each row; both as in :meth:`forward`."""
+        values = self(descriptors, depth)
+        halves = self.half_widths[cells(descriptors, depth)]
+        return [
+            Score(value, max(0.0, value - half), min(1.0, value + half))
+            for value, half in zip(values.tolist(), halves.tolist(), strict=True)
+        ]
+
+
+def cells(descriptors: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """The row and column of ``half_widths`` that hold for each row: two times (N,).
+
+    A count of images between two of SIZES has the wider interval.
+    """
+    counts = 2 ** descriptors[:, -1]
+    sizes = torch.tensor(SIZES, device=counts.device)
+    size = (counts[:, None] >= sizes - 0.5).sum(1) - 1
+    return size.clamp_min(0), (depth * DEPTHS).long().clamp(0, DEPTHS - 1)
+
+
+def depths(modules: int) -> Tensor:
+    """Where each of a network's modules lies: (modules,), 0 to 1; a single one is the last."""
+    return torch.linspace(0, 1, modules) if modules > 1 else torch.ones(1)
+
+
+def half_width(errors: Sequence[Tensor], coverage: float = COVERAGE) -> float:
+    """Half the width of an interval that holds the truth of a new run with this probability.
+
+    Errors of one run hang together, so a new run is compared with whole runs: each run counts the
+    same, whatever its number of errors, and one that is worse than all is added (hierarchical
+    conformal prediction; Dunn, Wasserman, Ramdas, arXiv 1809.07441). With fewer than
+    ``coverage / (1 - coverage)`` runs nothing is known, and the width is that of the whole scale.
+
+    Parameters
+    ----------
+    errors : of each run, the absolute errors of a judge that never saw it.
+
+    Returns
+    -------
+    float
+        At most 1.
+    """
+    values = torch.cat([error.flatten() for error in errors]).double()
+    shares = [1 / error.numel() / (len(errors) + 1) for error in errors]
+    counts = torch.tensor([error.numel() for error in errors])
+    weights = torch.tensor(shares, dtype=torch.float64).repeat_interleave(counts)
+    order = values.argsort()
+    reached = weights[order].cumsum(0) >= coverage - 1e-9
+    if not reached.any():
+        return 1.0
+    return min(1.0, values[order][reached][0].item())
+
+
+def load_judge(path: Path = SHIPPED) -> Judge:
+    """A judge from its safetensors; without a path, the one that comes with this package.
+
+    Raises
+    ------
+    ModelError
+        The file is missing, damaged or no judge.
+    """
+    return _loaded(path)
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path) -> Judge:
+    try:
+        state = load_file(path)
+        members, _, width = state["weights.0"].shape
+        judge = Judge(width, members)
+        judge.load_state_dict(state)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path} is no judge of maturity ({reason}): make it again.") from error
+    return judge.eval()

@@ -1,0 +1,231 @@
+"""The judge of maturity: learn it from runs, and find out how far it errs on runs left out."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from fmce_ops.errors import ParamsError
+from fmce_ops.maturity import DEPTHS, FEWEST, SIZES, Judge, cells, depths, half_width
+from fmce_ops.training.reporter import Reporter, Row
+
+_NOISE, _DROP, _WEIGHT_DECAY = 0.1, 0.2, 0.05
+_FOLDS = 5  # groups of runs that are left out in turn to find the intervals
+
+
+@dataclass(frozen=True)
+class StudiedRun:
+    """What is known of one run.
+
+    Attributes
+    ----------
+    name : of the run.
+    modules : names of its functional modules, first to last.
+    descriptors : (checkpoints, bags, modules, DESCRIPTORS).
+    maturity : (checkpoints, modules), the truth.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    descriptors: Tensor
+    maturity: Tensor
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Descriptors (n, DESCRIPTORS), depth (n,) and maturity (n,) of every bag of a module."""
+        shape = self.descriptors.shape[:3]
+        depth = depths(shape[2]).expand(shape)
+        truth = self.maturity[:, None].expand(shape)
+        return self.descriptors.flatten(0, 2), depth.flatten(), truth.flatten()
+
+
+@dataclass(frozen=True)
+class JudgePlan:
+    """How to learn: AdamW with half a cosine, from rows drawn so that all sizes count the same."""
+
+    steps: int
+    batch_size: int = 512
+    lr: float = 3e-3
+    width: int = 64
+    members: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What judges said of a run that they had not seen: a row for every bag of a module.
+
+    Attributes
+    ----------
+    value, low, high, truth : (n,)
+    size : (n,) count of images; depth : (n,) of the module; both as in ``Judge.half_widths``.
+    """
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+    truth: Tensor
+    size: Tensor
+    depth: Tensor
+
+
+def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
+    """A judge that has learned from all of the runs; its intervals are not yet known."""
+    rows = [run.rows() for run in runs]
+    descriptors, depth, truth = (torch.cat(part) for part in zip(*rows, strict=True))
+    torch.manual_seed(plan.seed)
+    judge = Judge(plan.width, plan.members)
+    inputs = torch.cat([descriptors, depth[:, None]], dim=1)
+    judge.mean.copy_(inputs.mean(0))
+    judge.std.copy_(inputs.std(0, correction=0).clamp_min(1e-3))
+    drawn = torch.multinomial(_equal_shares(rows), plan.steps * plan.batch_size, replacement=True)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=plan.lr, weight_decay=_WEIGHT_DECAY)
+    for step, chosen in enumerate(drawn.split(plan.batch_size)):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.lr * (1 + math.cos(math.pi * step / plan.steps)) / 2
+        clean = judge.standardised(descriptors[chosen], depth[chosen])
+        noisy = clean + _NOISE * torch.randn_like(clean)
+        loss = (judge.votes(noisy, _DROP).sigmoid() - truth[chosen]).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return judge.eval()
+
+
+def calibrate(judge: Judge, errors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Set the judge's intervals from the errors of judges on runs that they had not seen.
+
+    ``errors``: of each run the absolute errors with their size and depth, three times (n,).
+    """
+    for size in range(len(SIZES)):
+        for depth in range(DEPTHS):
+            chosen = [e[(s == size) & (d == depth)] for e, s, d in errors]
+            chosen = [part for part in chosen if len(part)]
+            judge.half_widths[size, depth] = half_width(chosen) if chosen else 1.0
+    # More images never make a module less certain, nor does their lack of examples.
+    judge.half_widths.copy_(judge.half_widths.cummin(0).values)
+
+
+def left_out_errors(
+    runs: Sequence[StudiedRun], plan: JudgePlan, folds: int = _FOLDS
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Errors on each run of a judge that learned from runs of other folds."""
+    folds = min(folds, len(runs))
+    found = []
+    for fold in range(folds):
+        others = [run for i, run in enumerate(runs) if i % folds != fold]
+        judge = fit_judge(others, plan)
+        found += [_errors(judge, run) for run in runs[fold::folds]]
+    return found
+
+
+def certain_judge(runs: Sequence[StudiedRun], plan: JudgePlan, folds: int = _FOLDS) -> Judge:
+    """A judge that has learned from all of the runs, with the intervals that runs left out give.
+
+    Fewer than FEWEST runs bear no interval but the whole scale.
+
+    Raises
+    ------
+    ParamsError
+        There are fewer than two runs.
+    """
+    if len(runs) < 2:
+        raise ParamsError(
+            f"a judge of maturity learns from two runs or more, and maturity.runs has {len(runs)}."
+        )
+    judge = fit_judge(runs, plan)
+    if len(runs) >= FEWEST:
+        calibrate(judge, left_out_errors(runs, plan, folds))
+    return judge
+
+
+def leave_out(
+    runs: Sequence[StudiedRun],
+    plan: JudgePlan,
+    reporter: Reporter,
+    clock: Callable[[], int],
+    *,
+    folds: int = _FOLDS,
+) -> dict[str, LeftOut]:
+    """Judge each run by a judge, intervals and all, that never saw it."""
+    reporter.begin("maturity", len(runs))
+    found = {}
+    for step, run in enumerate(runs, start=1):
+        others = [other for other in runs if other is not run]
+        judge = certain_judge(others, plan, folds) if len(others) > 1 else fit_judge(others, plan)
+        found[run.name] = judged(judge, run)
+        figures = {f"left_out/{k}": v for k, v in summary([found[run.name]], max).items()}
+        reporter.row(Row(step, figures, clock()))
+    return found
+
+
+def judged(judge: Judge, run: StudiedRun) -> LeftOut:
+    """What the judge says of a run."""
+    descriptors, depth, truth = run.rows()
+    scores = judge.scores(descriptors, depth)
+    value, low, high = (
+        torch.tensor([getattr(score, name) for score in scores])
+        for name in ("value", "low", "high")
+    )
+    return LeftOut(value, low, high, truth, *cells(descriptors, depth))
+
+
+def summary(
+    found: Sequence[LeftOut], size: Callable[[Sequence[int]], int], *, depth: int = DEPTHS - 1
+) -> dict[str, float]:
+    """Mean over runs of Spearman, mean absolute error, coverage and width of the interval.
+
+    Parameters
+    ----------
+    size : chooses one of the sizes that are there (``min``, ``max``).
+    depth : the part of the network, DEPTHS - 1 the last.
+    """
+    figures: list[Mapping[str, float]] = []
+    for run in found:
+        there = run.depth == depth
+        chosen = there & (run.size == size(run.size[there].tolist()))
+        value, truth = run.value[chosen], run.truth[chosen]
+        inside = (run.low[chosen] <= truth + 1e-6) & (truth <= run.high[chosen] + 1e-6)
+        flat = len(truth.unique()) < 2 or len(value.unique()) < 2
+        figures.append(
+            {
+                "spearman": 0.0 if flat else float(spearmanr(value, truth).statistic),
+                "error": (value - truth).abs().mean().item(),
+                "coverage": inside.float().mean().item(),
+                "width": (run.high[chosen] - run.low[chosen]).mean().item(),
+            }
+        )
+    return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
+
+
+def _errors(judge: Judge, run: StudiedRun) -> tuple[Tensor, Tensor, Tensor]:
+    descriptors, depth, truth = run.rows()
+    with torch.no_grad():
+        values = judge(descriptors, depth)
+    return (values - truth).abs(), *cells(descriptors, depth)
+
+
+def _equal_shares(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Weights (n,) with which every run, and in it every size, is drawn equally often."""
+    parts = []
+    for descriptors, depth, _ in rows:
+        size, _ = cells(descriptors, depth)
+        counts = size.bincount(minlength=len(SIZES))
+        parts.append(1 / (counts[size] * (counts > 0).sum()))
+    return torch.cat(parts)
+
+
+__all__ = [
+    "JudgePlan",
+    "LeftOut",
+    "StudiedRun",
+    "calibrate",
+    "certain_judge",
+    "fit_judge",
+    "judged",
+    "leave_out",
+    "left_out_errors",
+    "summary",
+]

@@ -1,0 +1,334 @@
+"""Descriptors, functional modules, intervals, the judge and scores."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fmce_ops.convergence import epoch_markers, maturity, smooth
+from fmce_ops.errors import ModelError, ShardError
+from fmce_ops.maturity import (
+    DEPTHS,
+    DESCRIPTORS,
+    SIZES,
+    Judge,
+    cells,
+    depths,
+    describe,
+    describe_bags,
+    describe_each,
+    find_modules,
+    half_width,
+    load_judge,
+    module_maps,
+    next_to_train,
+    score,
+)
+from fmce_ops.models import build, save_weights
+from fmce_ops.training.maturity import (
+    JudgePlan,
+    StudiedRun,
+    calibrate,
+    certain_judge,
+    fit_judge,
+    judged,
+    leave_out,
+    summary,
+)
+from fmce_ops.training.reporter import Reporters
+from fmce_ops.training.study import Checkpoint, bag_sizes, choose_points, describe_run, read_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchvision import models
+
+PLAN = JudgePlan(steps=150, batch_size=128, width=16, members=2)
+
+
+def maps(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).relu()
+
+
+class TestDescriptors:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        n=st.integers(1, 9),
+        channels=st.integers(1, 40),
+        side=st.integers(1, 12),
+        scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
+        seed=st.integers(0, 99),
+    )
+    def test_any_count_of_channels_and_any_size_gives_the_same_finite_numbers(
+        self, n: int, channels: int, side: int, scale: float, seed: int
+    ) -> None:
+        found = describe(scale * maps(n, channels, side, side, seed=seed))
+        assert found.shape == (DESCRIPTORS,)
+        assert torch.isfinite(found).all()
+        assert found.abs().max() < 1e3
+
+    def test_the_order_of_channels_and_of_images_does_not_matter(self) -> None:
+        made = maps(12, 30, 5, 5)
+        generator = torch.Generator().manual_seed(1)
+        other = made[torch.randperm(12, generator=generator)]
+        other = other[:, torch.randperm(30, generator=generator)]
+        torch.testing.assert_close(describe(made), describe(other), rtol=1e-4, atol=1e-5)
+
+    def test_the_scale_of_the_weights_moves_the_log_scale_alone(self) -> None:
+        made = maps(12, 30, 5, 5)
+        differs = (describe(made) - describe(8 * made)).abs() > 1e-3
+        assert differs.sum() == 1
+
+    def test_bags_are_described_as_if_alone(self) -> None:
+        made = maps(40, 6, 9, 9)
+        bags = describe_bags(made, [1, 1, 16, 16, 40])
+        for row, part in zip(
+            bags, (made[:1], made[1:2], made[2:18], made[18:34], made), strict=True
+        ):
+            torch.testing.assert_close(row, describe(part), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(describe_each(made)[:2], bags[:2], rtol=1e-4, atol=1e-5)
+
+    def test_vectors_are_maps_of_one_position(self) -> None:
+        made = maps(4, 7)
+        torch.testing.assert_close(describe(made), describe(made[:, :, None, None]))
+
+    @pytest.mark.parametrize(
+        "wrong", [torch.zeros(3), torch.zeros(0, 2, 3, 3), torch.full((1, 2, 3, 3), torch.nan)]
+    )
+    def test_what_is_no_map_is_refused(self, wrong: torch.Tensor) -> None:
+        with pytest.raises(ModelError, match="feature maps"):
+            describe(wrong)
+
+
+class TestModules:
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("resnet18", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
+            ("shufflenet_v2_x0_5", ["conv1", "stage2", "stage3", "stage4", "conv5"]),
+            ("alexnet", [f"features.{i}" for i in (0, 3, 6, 8, 10)]),
+            ("mobilenet_v3_small", [f"features.{i}" for i in range(13)]),
+        ],
+    )
+    def test_families(self, name: str, expected: list[str]) -> None:
+        network = models.get_model(name, weights=None)
+        found = find_modules(network, torch.zeros(1, 3, 64, 64))
+        assert [module.name for module in found] == expected
+
+    def test_norm_activation_and_pooling_belong_to_the_module_before_them(self) -> None:
+        network = models.resnet18(weights=None)
+        images = torch.rand(2, 3, 64, 64)
+        found = find_modules(network, images)
+        assert found[0].end == "maxpool"
+        assert module_maps(network, images, found)["conv1"].shape == (2, 64, 16, 16)
+
+    def test_a_classifier_of_this_project_shows_its_backbone(self) -> None:
+        classifier = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
+        names = [module.name for module in find_modules(classifier, torch.zeros(1, 3, 16, 16))]
+        assert names == [f"backbone.{m}" for m in ("conv1", "stage2", "stage3", "stage4", "conv5")]
+
+    def test_the_network_is_left_as_it_was(self) -> None:
+        network = models.resnet18(weights=None).train()
+        network.layer1.eval()
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        images = torch.rand(2, 3, 64, 64)
+        module_maps(network, images, find_modules(network, images))
+        assert network.training and not network.layer1.training
+        assert not any(module._forward_hooks for module in network.modules())
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(value, before[name])
+
+    def test_named_modules_are_taken_as_they_are(self) -> None:
+        network = models.resnet18(weights=None)
+        images = torch.zeros(1, 3, 64, 64)
+        (found,) = find_modules(network, images, ["layer2.0.conv1"])
+        assert (found.name, found.end) == ("layer2.0.conv1", "layer2.0.conv1")
+        with pytest.raises(ModelError, match=r"no submodule 'layr2'.*layer2"):
+            find_modules(network, images, ["layr2"])
+
+    def test_a_network_without_maps_is_refused(self) -> None:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        with pytest.raises(ModelError, match="no submodule with weights"):
+            find_modules(network, torch.zeros(1, 3, 2, 2))
+
+
+class TestIntervals:
+    def test_each_run_counts_the_same_and_one_worse_is_added(self) -> None:
+        errors = [torch.full((5,), 0.01 * k) for k in range(1, 20)]
+        errors[0] = torch.full((5000,), 0.01)
+        assert half_width(errors, 0.9) == pytest.approx(0.18)
+
+    def test_few_runs_bear_the_whole_scale_alone(self) -> None:
+        assert half_width([torch.zeros(100)] * 8, 0.9) == 1.0
+        assert half_width([torch.zeros(100)] * 9, 0.9) == 0.0
+
+    def test_a_new_run_is_covered_as_promised(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def errors() -> torch.Tensor:
+            of_run = torch.rand(1, generator=generator)  # errors of a run hang together
+            return of_run * torch.rand(30, generator=generator)
+
+        inside = [
+            (errors() <= half_width([errors() for _ in range(12)], 0.8)).float().mean()
+            for _ in range(400)
+        ]
+        assert 0.8 <= torch.stack(inside).mean() < 0.9
+
+    def test_more_images_never_widen_the_interval(self) -> None:
+        judge = Judge(4, 1)
+        generator = torch.Generator().manual_seed(0)
+        size = torch.arange(len(SIZES)).repeat(30)
+        errors = [
+            (torch.rand(len(size), generator=generator), size, torch.full_like(size, DEPTHS - 1))
+            for _ in range(12)
+        ]
+        calibrate(judge, errors)
+        assert (judge.half_widths.diff(dim=0) <= 0).all()
+        assert (judge.half_widths[:, 0] == 1).all()  # nothing is known of early modules
+
+    def test_a_count_between_two_sizes_has_the_interval_of_the_smaller(self) -> None:
+        rows = torch.zeros(4, DESCRIPTORS)
+        rows[:, -1] = torch.tensor([1.0, 15.0, 100.0, 1000.0]).log2()
+        size, depth = cells(rows, torch.tensor([0.0, 0.5, 0.9, 1.0]))
+        assert [SIZES[i] for i in size] == [1, 1, 64, 256]
+        assert depth.tolist() == [0, 1, 2, 2]
+
+
+def synthetic(name: str, seed: int, modules: int = 2) -> StudiedRun:
+    """A run whose descriptors grow with its maturity, in units of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.linspace(0, 1, 6)[:, None].expand(6, modules)
+    sizes = torch.tensor(bag_sizes(64))
+    rows = torch.randn(6, len(sizes), modules, DESCRIPTORS, generator=generator)
+    rows /= sizes[:, None, None].sqrt()
+    rows[..., :4] += 4 * truth[:, None, :, None] + 0.2 * torch.randn(1, generator=generator)
+    rows[..., -1] = sizes.log2()[:, None]
+    return StudiedRun(name, tuple("ab"[:modules]), rows, truth)
+
+
+class TestJudge:
+    def test_runs_left_out_are_put_in_order(self) -> None:
+        runs = [synthetic(str(k), k) for k in range(4)]
+        found = leave_out(runs, PLAN, Reporters(), lambda: 0)
+        figures = summary(list(found.values()), max)
+        assert figures["spearman"] > 0.9
+        assert figures["error"] < 0.15
+        assert figures["coverage"] == 1.0 and figures["width"] == 1.0  # four runs bear no interval
+
+    def test_nine_runs_bear_an_interval_that_is_narrower_for_more_images(self) -> None:
+        judge = certain_judge([synthetic(str(k), k) for k in range(9)], PLAN, folds=3)
+        found = judged(judge, synthetic("new", 99))
+        one, many = summary([found], min), summary([found], max)
+        assert many["width"] < one["width"]
+        assert many["coverage"] >= 0.5
+
+    def test_the_same_seed_gives_the_same_bytes(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
+            save_weights(tmp_path / name, judge.state_dict(), {})
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    def test_a_judge_comes_back_from_its_file(self, tmp_path: Path) -> None:
+        judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
+        save_weights(tmp_path / "judge.safetensors", judge.state_dict(), {})
+        again = load_judge(tmp_path / "judge.safetensors")
+        rows, depth, _ = synthetic("z", 2).rows()
+        torch.testing.assert_close(again(rows, depth), judge(rows, depth))
+
+    @pytest.mark.parametrize("content", [None, b"", b"not a judge"])
+    def test_what_is_no_judge_is_refused(self, tmp_path: Path, content: bytes | None) -> None:
+        path = tmp_path / "judge.safetensors"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ModelError, match="no judge of maturity"):
+            load_judge(path)
+
+    def test_what_lies_far_from_all_that_was_seen_is_still_judged(self) -> None:
+        judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
+        value = judge(torch.full((1, DESCRIPTORS), 1e6), torch.ones(1))
+        assert 0 <= value.item() <= 1
+
+    def test_the_last_module_of_one_lies_at_the_end(self) -> None:
+        assert depths(1).tolist() == [1.0]
+        assert depths(3).tolist() == [0.0, 0.5, 1.0]
+
+
+class TestScore:
+    judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
+
+    def test_every_functional_module_gets_a_score_with_an_interval(self) -> None:
+        network = models.resnet18(weights=None)
+        found = score(network, torch.rand(20, 3, 32, 32), judge=self.judge)
+        assert list(found) == ["conv1", "layer1", "layer2", "layer3", "layer4"]
+        assert all(0 <= s.low <= s.value <= s.high <= 1 for s in found.values())
+        assert found[next_to_train(found)].value == min(s.value for s in found.values())
+
+    def test_of_many_images_the_mean_over_parts_is_taken(self) -> None:
+        network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
+        images = torch.rand(512, 3, 16, 16)
+        whole, first, second = (
+            score(network, part, judge=self.judge)["backbone.conv5"].value
+            for part in (images, images[:256], images[256:])
+        )
+        assert whole == pytest.approx((first + second) / 2, abs=1e-6)
+
+    def test_a_named_module_keeps_its_place_in_the_network(self) -> None:
+        network = models.resnet18(weights=None)
+        images = torch.rand(20, 3, 32, 32)
+        every = score(network, images, judge=self.judge)
+        (one,) = score(network, images, ["layer2"], judge=self.judge).values()
+        assert one.value == pytest.approx(every["layer2"].value, abs=1e-6)
+
+    def test_the_judge_that_comes_with_the_package_knows_a_random_network(self) -> None:
+        network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=32)
+        found = score(network, torch.rand(64, 3, 32, 32))
+        assert max(s.value for s in found.values()) < 0.5
+
+
+class TestStudy:
+    def test_maturity_is_the_share_of_the_fall_in_log_loss(self) -> None:
+        losses = [2.0, 2.5, 1.9, 1.2, 0.8, 0.5, 0.31, 0.3, 0.3, 0.3]
+        markers = epoch_markers(losses, 3, 1e-9, method="ema")
+        found = maturity(losses, markers, method="ema")
+        logs = np.log(smooth(losses, method="ema"))
+        expected = (logs[1] - logs) / (logs[1] - logs[-1])
+        np.testing.assert_allclose(found, np.clip(expected, 0, 1) * (np.arange(10) > 1), atol=1e-12)
+        for k, point in enumerate(markers.points, start=1):
+            assert found[point - 1] >= k / 3 - 1e-9
+            assert found[point - 2] < k / 3
+
+    def test_points_are_spread_evenly_over_maturity(self) -> None:
+        assert choose_points([0.0, 0.1, 0.2, 0.6, 0.9, 1.0, 1.0], 3) == [1, 4, 6]
+        assert choose_points([0.0, 1.0], 12) == [1, 2]
+
+    def test_bags_are_of_all_sizes_that_fit(self) -> None:
+        assert bag_sizes(20) == [1] * 20 + [16]
+        assert bag_sizes(256).count(64) == 4 and bag_sizes(256)[-1] == 256
+
+    def test_a_run_is_described_read_back_and_refused_when_it_is_something_else(
+        self, tmp_path: Path
+    ) -> None:
+        from fmce_ops.training.devices import launch
+
+        classifier = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
+        save_weights(tmp_path / "w.safetensors", classifier.state_dict(), {})
+        checkpoints = [Checkpoint(tmp_path / "w.safetensors", k, k / 2) for k in range(3)]
+        inputs = torch.rand(18, 3, 16, 16)
+        store = tmp_path / "store"
+        for _ in range(2):  # the second time all shards are there
+            manifest = describe_run(
+                launch(), classifier, checkpoints, inputs, store, Reporters(), {"run": "x"}
+            )
+        manifest.save(store)
+        run = read_run(store, "x")
+        assert run.descriptors.shape == (3, 19, 5, DESCRIPTORS)
+        assert run.maturity[:, 0].tolist() == [0.0, 0.5, 1.0]
+        found = find_modules(classifier, inputs)
+        expected = describe(module_maps(classifier, inputs[:16], found)["backbone.conv5"])
+        assert run.descriptors[0, 18, 4, -1] == 4.0  # log2 of 16 images
+        assert expected.shape == run.descriptors[0, 18, 4].shape
+        from dataclasses import replace
+
+        replace(manifest, provenance={"run": "x"}).save(store)
+        with pytest.raises(ShardError, match="dvc repro study"):
+            read_run(store, "x")
