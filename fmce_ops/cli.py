@@ -17,6 +17,7 @@ from fmce_ops.errors import FmceError
 from fmce_ops.files import is_disk_full
 
 if TYPE_CHECKING:
+    from fmce_ops.stages.score import Scored
     from fmce_ops.training.reporter import Reporter
 
 app = typer.Typer(
@@ -229,31 +230,37 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a network.")] = False,
 ) -> None:
     """How mature is each module of a network, and which should be trained next?"""
-    from fmce_ops.stages.score import Asked, Scored, score_network, watch_folder
+    from fmce_ops.stages.score import Asked, score_network, watch_folder
 
     _import_from_here()
     modules = tuple(module) if module else None
     asked = Asked(model_uri, network, classes, weights, data, size, images, modules, judge)
 
-    def show(found: Scored) -> None:
-        if as_json:
-            typer.echo(json.dumps(found.as_json(), allow_nan=False))
-        else:
-            from fmce_ops.progress import show_scores
+    params, answers = Path("params.yaml"), sys.stdout
 
-            show_scores(found)
-
-    with contextlib.redirect_stdout(sys.stderr):
+    def results() -> Iterator["Scored"]:
         if watch is None:
-            results = iter([score_network(asked, Path("params.yaml"))])
+            yield score_network(asked, params)
         else:
-            results = watch_folder(asked, watch, count, Path("params.yaml"))
+            yield from watch_folder(asked, watch, count, params)
+
     try:
-        for found in results:
-            show(found)
+        with contextlib.redirect_stdout(sys.stderr):
+            for found in results():
+                with contextlib.redirect_stdout(answers):
+                    _show_scores(found, as_json)
     except KeyboardInterrupt:
         typer.echo("stopped watching; what was scored is in the run.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _show_scores(found: "Scored", as_json: bool) -> None:
+    from fmce_ops.progress import show_scores
+
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), allow_nan=False))
+    else:
+        show_scores(found)
 
 
 _Store = Annotated[Path, typer.Argument(help="The folder of the store.")]

@@ -25,8 +25,8 @@ def score(
     Parameters
     ----------
     network : makes feature maps (N, C, h, w) somewhere inside; run in evaluation mode.
-    images : (N, 3, H, W), as the network takes them. More images give a narrower interval, up to
-        256; of more, the mean over parts of 256 is taken.
+    images : (N, 3, H, W), as the network takes them, on any device. More images give a narrower
+        interval, up to 256; of more, the mean over parts of 256 is taken.
     modules : names of submodules; None: all functional modules, first to last.
     judge : None: the one that comes with this package.
 
@@ -40,6 +40,7 @@ def score(
         A name is not that of a submodule with a feature map, or a map is not finite.
     """
     judge = judge or load_judge()
+    images = images.to(next(network.parameters(), images).device)
     found = find_modules(network, images, modules)
     depth = depths(len(found)) if modules is None else _depths(network, images, modules)
     parts = [part for part in images.split(_AT_ONCE) if len(part) == min(_AT_ONCE, len(images))]

@@ -16,7 +16,7 @@ class MaturityMonitor:
 
     Parameters
     ----------
-    images : (N, 3, H, W), as the network takes them, on its device; 256 are enough.
+    images : (N, 3, H, W), as the network takes them; 256 are enough.
     modules : names of submodules; None: all functional modules.
     judge : None: the one that comes with this package.
 
