@@ -102,6 +102,11 @@ class Spec:
         return "-".join([*parts, "per20-noaug1-epochs100"] if self.few else parts)
 
     @property
+    def start(self) -> tuple[str, int]:
+        """Runs with the same start from the same random weights, whatever their data."""
+        return self.network, self.seed
+
+    @property
     def fine(self) -> bool:
         """Whether nothing is wrong with it."""
         return not (self.frozen or self.shuffled or self.lr or self.few)
@@ -136,6 +141,15 @@ def images_of(folder: Path, raw: Path, data: str, per_class: int) -> Images:
         options = {"per_class": per_class, "validation": 0.05, "test": 0.2, "seed": 0}
         prepare(DATA[data][0], path, root=root, image_size=SIZE, **options)
     return Images.open(path)
+
+
+def inputs_of(spec: Spec, folder: Path, raw: Path) -> tuple[Tensor, Tensor, int]:
+    """The images that are described, as a network takes them, their labels, and the classes."""
+    images = images_of(folder, raw, spec.data, DATA[spec.data][1])
+    pixels, labels = images.load("train")
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))[:IMAGES]
+    inputs = to_input(pixels[chosen], size=SIZE, mean=images.mean, std=images.std)
+    return inputs, labels[chosen], len(images.classes)
 
 
 def build_network(spec: Spec, classes: int) -> Classifier:
@@ -211,16 +225,13 @@ def describe(spec: Spec, folder: Path, raw: Path) -> None:
     weights = folder / "runs16" / spec.name
     start = Checkpoint(point_file(weights, 0), 0, 0.0)
     checkpoints = [start, *(Checkpoint(point_file(weights, p), p, curve[p - 1]) for p in points)]
-    images = images_of(folder, raw, spec.data, DATA[spec.data][1])
-    pixels, labels = images.load("train")
-    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))[:IMAGES]
-    inputs = to_input(pixels[chosen], size=SIZE, mean=images.mean, std=images.std)
-    network = build_network(spec, len(images.classes))
+    inputs, labels, classes = inputs_of(spec, folder, raw)
+    network = build_network(spec, classes)
     manifest = describe_run(
         launch(), network, checkpoints, inputs, store, Reporters(), {"run": asdict(spec)}
     )
     manifest.save(store)
-    read = baselines(network, checkpoints, inputs, labels[chosen])
+    read = baselines(network, checkpoints, inputs, labels)
     read["loss"] = [losses[max(c.point, 1) - 1] for c in checkpoints]
     others.write_text(json.dumps(read))
     print(spec.name, "described", flush=True)
@@ -340,7 +351,7 @@ def place(run: StudiedRun, spec: Spec) -> int:
 Split = tuple[str, Callable[[Spec, Spec], bool], Callable[[Spec], bool]]
 SPLITS: list[Split] = [
     # what is left out with a run; the runs that are judged
-    ("unseen seed", lambda a, b: a == b, lambda s: s.fine and s.network != "s10"),
+    ("unseen seed", lambda a, b: a.start == b.start, lambda s: s.fine and s.network != "s10"),
     ("unseen width", lambda a, b: b.network == "s10", lambda s: s.network == "s10"),
     ("unseen family", lambda a, b: a.network[0] == b.network[0], lambda s: s.fine),
     ("unseen data set", lambda a, b: a.data == b.data, lambda s: s.fine),
@@ -348,7 +359,7 @@ SPLITS: list[Split] = [
     ("learning rate too high", lambda a, b: a == b, lambda s: s.lr == 0.1),
     ("learning rate too low", lambda a, b: a == b, lambda s: s.lr == 1e-5),
     ("overfitted", lambda a, b: a == b, lambda s: s.few),
-    ("one module frozen", lambda a, b: a == b, lambda s: bool(s.frozen)),
+    ("one module frozen", lambda a, b: a.start == b.start, lambda s: bool(s.frozen)),
 ]
 
 
@@ -438,11 +449,8 @@ def fmce_net(folder: Path, raw: Path, runs: Sequence[Read]) -> dict[str, LeftOut
 
 def last_maps(spec: Spec, folder: Path, raw: Path, runs: Sequence[Read]) -> tuple[Tensor, Tensor]:
     """Of the last module at the checkpoints of a run: (checkpoints, IMAGES, C, h, w), maturity."""
-    images = images_of(folder, raw, spec.data, DATA[spec.data][1])
-    pixels, _ = images.load("train")
-    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))[:IMAGES]
-    inputs = to_input(pixels[chosen], size=SIZE, mean=images.mean, std=images.std)
-    network = build_network(spec, len(images.classes))
+    inputs, _, classes = inputs_of(spec, folder, raw)
+    network = build_network(spec, classes)
     run = next(r.run for r in runs if r.spec == spec)
     manifest = json.loads((folder / "stores" / spec.name / "manifest.json").read_text())
     maps = []

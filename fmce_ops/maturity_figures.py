@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib as mpl
+
+mpl.use("Agg")
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-import fmce_ops.figures  # noqa: F401  (chooses the backend)
 from fmce_ops.maturity import Score
 
 _LINE, _BAND, _NEXT = "#1f5fa8", "#9aa7b5", "#c8401e"

@@ -1,4 +1,4 @@
-"""Pictures of a folder without labels: what a judge needs that looks at feature maps alone."""
+"""Pictures that are no data set: one file, or a folder without labels."""
 
 from pathlib import Path
 
@@ -29,15 +29,23 @@ def read_pictures(folder: Path, size: int, count: int) -> Tensor:
     if not files:
         raise DataError(f"{folder} holds no pictures: give a folder with PNG or JPEG files.")
     order = torch.randperm(len(files), generator=generator(0))[:count].tolist()
-    return torch.stack([_read(files[i], size) for i in sorted(order)])
+    return torch.stack([read_picture(files[i], size) for i in sorted(order)])
 
 
-def _read(path: Path, size: int) -> Tensor:
+def read_picture(path: Path, size: int, channels: int = 3) -> Tensor:
+    """The central square of a picture: uint8 (channels, size, size), grey where it is one.
+
+    Raises
+    ------
+    DataError
+        The file is no picture.
+    """
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.fit(opened.convert("RGB"), (size, size))
+            form = "L" if channels == 1 else "RGB"
+            picture = ImageOps.fit(opened.convert(form), (size, size))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{path} cannot be read as a picture ({error}): remove it or give another folder."
+            f"{path} cannot be read as a picture ({error}): give a PNG or JPEG file."
         ) from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(picture).reshape(size, size, channels)).permute(2, 0, 1)

@@ -101,7 +101,7 @@ def build(
     """
     from torchvision import models
 
-    network = _network(backbone, classes)
+    network = make_network(backbone, classes)
     if stem == "small":
         _shrink_stem(backbone, network)
     elif stem != "standard":
@@ -158,10 +158,6 @@ def make_network(name: str, classes: int | None = None) -> nn.Module:
     ModelError
         There is no such network.
     """
-    return _network(name, classes)
-
-
-def _network(name: str, classes: int | None) -> nn.Module:
     if ":" in name:
         return _from_factory(name, classes)
     from torchvision import models

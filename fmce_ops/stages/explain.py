@@ -3,18 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fmce_ops.errors import DataError, ModelError
+from fmce_ops.data import read_picture
+from fmce_ops.errors import ModelError
 from fmce_ops.figures import save_figure
 from fmce_ops.path_figures import path_figure
 from fmce_ops.pathways import PathNetwork, nearest_classes, split_code
 from fmce_ops.stages.evaluate import refuse_unknown_code
 from fmce_ops.tracking.registry import load_network, model_folder
-from fmce_ops.tracking.serving import Network
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,15 @@ def explain(image: Path, model_uri: str, figure: Path, params_file: Path) -> Exp
             f"{model_uri} is a {network.kind} and has no gates: give a model that the stage "
             "pathways made, such as models:/fmce-pathways@champion."
         )
-    picture = _read(image, network)
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    channels, side, _ = network.input_shape
+    pixels = read_picture(image, side, channels)
     with torch.inference_mode():
-        answer = module.answer(network.prepare(pixels))
+        answer = module.answer(network.prepare(pixels[None]))
     code, names = answer.codes[0], list(network.spec["classes"])
     agreement, probabilities = nearest_classes(code, module.profiles), answer.logits[0].softmax(0)
     layers = split_code(module.gated, code)
     shares = {name: float(part.float().mean()) for name, part in layers.items()}
-    shown = np.broadcast_to(picture, (*picture.shape[:2], 3))
+    shown = pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
     save_figure(path_figure(shown, shares, agreement, probabilities, names), figure)
     order = agreement.argsort(descending=True, stable=True).tolist()
     return Explanation(
@@ -73,16 +70,3 @@ def explain(image: Path, model_uri: str, figure: Path, params_file: Path) -> Exp
         float(answer.adversarial[0]),
         figure,
     )
-
-
-def _read(image: Path, network: Network) -> NDArray[np.uint8]:
-    """(s, s, c) as the network's data set has it."""
-    channels, side, _ = network.input_shape
-    try:
-        with Image.open(image) as opened:
-            picture = ImageOps.fit(opened.convert("L" if channels == 1 else "RGB"), (side, side))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{image} cannot be read as a picture ({error}): give a PNG or JPEG file."
-        ) from error
-    return np.array(picture).reshape(side, side, channels)

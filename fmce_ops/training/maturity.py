@@ -8,7 +8,6 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fmce_ops.errors import ParamsError
 from fmce_ops.maturity import DEPTHS, FEWEST, SIZES, Judge, cells, depths, half_width
 from fmce_ops.training.reporter import Reporter, Row
 
@@ -125,16 +124,7 @@ def certain_judge(runs: Sequence[StudiedRun], plan: JudgePlan, folds: int = _FOL
     """A judge that has learned from all of the runs, with the intervals that runs left out give.
 
     Fewer than FEWEST runs bear no interval but the whole scale.
-
-    Raises
-    ------
-    ParamsError
-        There are fewer than two runs.
     """
-    if len(runs) < 2:
-        raise ParamsError(
-            f"a judge of maturity learns from two runs or more, and maturity.runs has {len(runs)}."
-        )
     judge = fit_judge(runs, plan)
     if len(runs) >= FEWEST:
         calibrate(judge, left_out_errors(runs, plan, folds))
@@ -154,8 +144,7 @@ def leave_out(
     found = {}
     for step, run in enumerate(runs, start=1):
         others = [other for other in runs if other is not run]
-        judge = certain_judge(others, plan, folds) if len(others) > 1 else fit_judge(others, plan)
-        found[run.name] = judged(judge, run)
+        found[run.name] = judged(certain_judge(others, plan, folds), run)
         figures = {f"left_out/{k}": v for k, v in summary([found[run.name]], max).items()}
         reporter.row(Row(step, figures, clock()))
     return found
