@@ -7,8 +7,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from filelock import FileLock
 
-from tests.project import command, commit, new_project
+from tests.project import command, commit, copy_project, new_project
 
 torch.set_num_threads(1)  # the tests themselves run side by side
 
@@ -20,12 +21,21 @@ def _no_tracking_store_of_another_test() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose pipeline has run once and was committed; for reading only."""
-    folder = new_project(tmp_path_factory.mktemp("pipeline") / "project")
-    command(folder, "dvc", "repro")
-    commit(folder, "first run")
-    return folder
+def project(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A project whose pipeline has run once and was committed; for reading only.
+
+    It is made once, and every process of the test runner reads a copy of its own.
+    """
+    own = tmp_path_factory.mktemp("pipeline")
+    shared = own if worker_id == "master" else own.parents[1] / "pipeline"
+    with FileLock(f"{shared}.lock"):
+        done = shared / "done"
+        if not done.exists():
+            folder = new_project(shared / "project")
+            command(folder, "dvc", "repro")
+            commit(folder, "first run")
+            done.touch()
+    return copy_project(shared / "project", own / "copy")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 """A small project in a folder of its own, and the commands that a user runs there."""
 
+import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,9 @@ SMALL = {
     },
     "report": {"title": "A small project"},
 }
+
+IMPORTED = ["fmce_ops.stages.evaluate", "fmce_ops.stages.networks", "fmce_ops.figures"]
+IMPORTED += ["mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store", "torchvision"]
 
 
 def environment() -> dict[str, str]:
@@ -54,13 +59,46 @@ def command(
     return done
 
 
+def fmce_ops(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Like ``command(folder, "fmce-ops", *words)``, in a fork of a process that has imported it."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(IMPORTED)
+    with tempfile.TemporaryDirectory() as place:
+        printed = [Path(place) / name for name in ("stdout", "stderr")]
+        process = forks.Process(target=_run, args=(folder, ["fmce-ops", *words], printed))
+        process.start()
+        process.join(600)
+        if process.exitcode is None:
+            process.kill()
+        stdout, stderr = (path.read_text() for path in printed)
+    assert process.exitcode == code, f"{words}: {process.exitcode}\n{stdout}\n{stderr}"
+    return subprocess.CompletedProcess(words, code, stdout, stderr)
+
+
+def _run(folder: Path, words: list[str], printed: list[Path]) -> None:
+    """In the new process."""
+    for number, path in enumerate([Path(os.devnull), *printed]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    kept = environment()
+    os.environ.clear()
+    os.environ.update(kept)
+    os.chdir(folder)
+    sys.argv = words
+
+    import torch
+    from fmce_ops.cli import main
+
+    torch.set_num_threads(1)
+    main()
+
+
 def new_project(folder: Path, params: dict[str, object] = SMALL) -> Path:
     """A git repository set up by ``fmce-ops init``, with its first commit."""
     folder.mkdir(parents=True)
     command(folder, "git", "init", "-q")
     command(folder, "git", "config", "user.email", "user@example.org")
     command(folder, "git", "config", "user.name", "A user")
-    command(folder, "fmce-ops", "init")
+    fmce_ops(folder, "init")
     write_params(folder, params)
     commit(folder, "start")
     return folder

@@ -144,7 +144,8 @@ def test_ctrl_c_closes_the_run_keeps_the_work_and_says_how_to_go_on(
     assert "Traceback" not in told
     (run,) = stages(folder)["train"]
     assert run.info.status == "KILLED"
-    command(folder, "dvc", "repro")
+    command(folder, "dvc", "repro", "train")
     (run,) = stages(folder)["train"]
     assert run.info.status == "FINISHED"
-    assert digests(folder) == undisturbed
+    for name in ("results/losses.csv", "data/checkpoints/manifest.json"):
+        assert file_digest(folder / name) == undisturbed[name]

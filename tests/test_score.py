@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from tests.project import command
+from tests.project import fmce_ops
 
 NETWORK = "shufflenet_v2_x0_5"
 MODULES = ["conv1", "stage2", "stage3", "stage4", "conv5"]
@@ -43,7 +43,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def scored(folder: Path, *words: str) -> dict[str, object]:
-    done = command(folder, "fmce-ops", "score", *words, "--json")
+    done = fmce_ops(folder, "score", *words, "--json")
     found: dict[str, object] = json.loads(done.stdout)
     return found
 
@@ -62,7 +62,7 @@ def test_a_logged_classifier_is_scored_on_the_images_of_the_project(project: Pat
     assert list(found["modules"]) == [f"backbone.{name}" for name in MODULES]
     assert found["images"] == 40
     assert found["next"] in found["modules"]
-    shown = command(project, "fmce-ops", "score", "--model-uri", uri).stdout
+    shown = fmce_ops(project, "score", "--model-uri", uri).stdout
     assert "train next" in shown and "backbone.stage3" in shown
     run = store.search_runs([experiment], "tags.`fmce.stage` = 'score'")[-1]
     assert set(run.data.metrics) == {f"maturity/backbone.{name}" for name in MODULES}
@@ -107,7 +107,7 @@ def test_checkpoints_are_scored_as_they_appear_in_one_run(tmp_path: Path, pictur
     writing.start()
     words = ["--network", NETWORK, "--data", str(pictures), "--size", "32"]
     words += ["--watch", str(folder), "--count", "2", "--json"]
-    done = command(tmp_path, "fmce-ops", "score", *words)
+    done = fmce_ops(tmp_path, "score", *words)
     writing.join()
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [Path(line["network"]).name for line in lines] == ["first.pt", "second.pt"]
