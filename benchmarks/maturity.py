@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from fmce_ops.convergence import epoch_markers, maturity, smooth
 from fmce_ops.data import Augment, Images, TrainBatches, prepare, to_input
-from fmce_ops.maturity import DEPTHS, DESCRIPTORS, SIZES, Judge, find_modules, module_maps
+from fmce_ops.figures import save_figure
+from fmce_ops.maturity import DEPTHS, READ, SIZES, Judge, Score, find_modules, module_maps
 from fmce_ops.maturity.judge import SHIPPED
+from fmce_ops.maturity_figures import left_out_figure
 from fmce_ops.models import Classifier, FmceNet, build, functional_modules, load_into, save_weights
 from fmce_ops.training.classifier import Plan, Validation, point_file, train_classifier
 from fmce_ops.training.devices import launch
@@ -62,6 +64,7 @@ MODULES = {
 }
 SIZE, IMAGES, CHECKPOINTS, PHASES = 16, 256, 12, 10
 PLAN, FOLDS = JudgePlan(steps=400), 3
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "maturity.png"
 
 
 def cnn(num_classes: int) -> nn.Module:
@@ -249,7 +252,7 @@ def baselines(
     for checkpoint in checkpoints:
         load_into(network, checkpoint.file)
         modules = find_modules(network, inputs)
-        vectors.append(module_maps(network, inputs, modules[-1:])[modules[-1].name].mean((2, 3)))
+        vectors.append(module_maps(network, inputs, modules[-1:])[0].mean((2, 3)))
         alphas.append(alpha(network))
     found = {
         "effective rank": [effective_rank(v) for v in vectors],
@@ -384,7 +387,7 @@ def learned(split: Split, judged_: Read, runs: Sequence[Read]) -> list[StudiedRu
 
 def judge_of(runs: Sequence[StudiedRun], folder: Path) -> Judge:
     """A judge that learned from these runs, made once and kept."""
-    key = repr([run.name for run in runs]) + repr(PLAN) + repr((FOLDS, DESCRIPTORS))
+    key = repr([run.name for run in runs]) + repr(PLAN) + repr((FOLDS, READ))
     path = folder / "judges" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -471,6 +474,19 @@ def named_frozen(found: dict[str, LeftOut], runs: Sequence[Read]) -> tuple[int, 
     return sum(hits), len(hits)
 
 
+def draw(folder: Path, runs: Sequence[Read]) -> None:
+    """The last modules of the runs of one seed, each by a judge that never saw that seed."""
+    chosen = [r for r in runs if r.spec.fine and r.spec.seed == 1]
+    panels = {}
+    for r in chosen:
+        said = judged(judge_of(learned(SPLITS[0], r, runs), folder), r.run)
+        shape = r.run.descriptors.shape[:3]
+        last = [part.view(shape)[:, -1, -1].tolist() for part in (said.value, said.low, said.high)]
+        scores = map(Score, *last)
+        panels[r.run.name] = list(zip(r.run.maturity[:, -1].tolist(), scores, strict=True))
+    save_figure(left_out_figure(panels, "Unseen seed, last module, 256 images"), PICTURE)
+
+
 def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
     """The tables."""
     rows, named = [], ""
@@ -555,6 +571,7 @@ def main() -> None:
         everyone = [r.run for r in runs if r.spec.fine or r.spec.frozen]
         save_weights(SHIPPED, certain_judge(everyone, PLAN).state_dict(), {})
         Path(__file__).with_suffix(".md").write_text(text)
+        draw(options.folder, runs)
 
 
 if __name__ == "__main__":

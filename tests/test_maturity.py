@@ -12,6 +12,8 @@ from fmce_ops.maturity import (
     DESCRIPTORS,
     SIZES,
     Judge,
+    alone,
+    beside,
     cells,
     depths,
     describe,
@@ -119,7 +121,7 @@ class TestModules:
         images = torch.rand(2, 3, 64, 64)
         found = find_modules(network, images)
         assert found[0].end == "maxpool"
-        assert module_maps(network, images, found)["conv1"].shape == (2, 64, 16, 16)
+        assert module_maps(network, images, found)[0].shape == (2, 64, 16, 16)
 
     def test_a_classifier_of_this_project_shows_its_backbone(self) -> None:
         classifier = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
@@ -178,20 +180,25 @@ class TestIntervals:
         judge = Judge(4, 1)
         generator = torch.Generator().manual_seed(0)
         size = torch.arange(len(SIZES)).repeat(30)
+        where = [torch.zeros_like(size), size, torch.full_like(size, DEPTHS - 1)]
         errors = [
-            (torch.rand(len(size), generator=generator), size, torch.full_like(size, DEPTHS - 1))
+            torch.stack([torch.rand(len(size), generator=generator), *where], dim=1)
             for _ in range(12)
         ]
         calibrate(judge, errors)
-        assert (judge.half_widths.diff(dim=0) <= 0).all()
-        assert (judge.half_widths[:, 0] == 1).all()  # nothing is known of early modules
+        beside, alone = judge.half_widths
+        assert (beside.diff(dim=0) <= 0).all()
+        assert (beside[:, 0] == 1).all()  # nothing is known of early modules
+        assert (alone == 1).all()  # nor of any without its network
 
     def test_a_count_between_two_sizes_has_the_interval_of_the_smaller(self) -> None:
-        rows = torch.zeros(4, DESCRIPTORS)
-        rows[:, -1] = torch.tensor([1.0, 15.0, 100.0, 1000.0]).log2()
-        size, depth = cells(rows, torch.tensor([0.0, 0.5, 0.9, 1.0]))
-        assert [SIZES[i] for i in size] == [1, 1, 64, 256]
-        assert depth.tolist() == [0, 1, 2, 2]
+        descriptors = torch.zeros(4, DESCRIPTORS)
+        descriptors[:, -1] = torch.tensor([1.0, 15.0, 100.0, 1000.0]).log2()
+        for rows, unknown in ((beside(descriptors[:, None])[:, 0], 0), (alone(descriptors), 1)):
+            network, size, depth = cells(rows, torch.tensor([0.0, 0.5, 0.9, 1.0]))
+            assert network.tolist() == [unknown] * 4
+            assert [SIZES[i] for i in size] == [1, 1, 64, 256]
+            assert depth.tolist() == [0, 1, 2, 2]
 
 
 def synthetic(name: str, seed: int, modules: int = 2) -> StudiedRun:
@@ -245,8 +252,18 @@ class TestJudge:
 
     def test_what_lies_far_from_all_that_was_seen_is_still_judged(self) -> None:
         judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
-        value = judge(torch.full((1, DESCRIPTORS), 1e6), torch.ones(1))
-        assert 0 <= value.item() <= 1
+        far = torch.full((1, DESCRIPTORS), 1e6)
+        for rows in (beside(far), alone(far)):
+            assert 0 <= judge(rows, torch.ones(1)).item() <= 1
+
+    def test_a_module_is_judged_beside_its_network_and_with_less_certainty_alone(self) -> None:
+        judge = certain_judge([synthetic(str(k), k) for k in range(9)], PLAN, folds=3)
+        rows, depth, truth = synthetic("new", 99).rows()
+        for kind in (rows, alone(rows[:, :DESCRIPTORS])):
+            with torch.no_grad():
+                assert (judge(kind, depth) - truth)[-2:].abs().max() < 0.3
+        rows[:, DESCRIPTORS:] += 3.0
+        assert not torch.equal(judge(rows, depth), judge(synthetic("new", 99).rows()[0], depth))
 
     def test_the_last_module_of_one_lies_at_the_end(self) -> None:
         assert depths(1).tolist() == [1.0]
@@ -324,7 +341,7 @@ class TestStudy:
         assert run.descriptors.shape == (3, 19, 5, DESCRIPTORS)
         assert run.maturity[:, 0].tolist() == [0.0, 0.5, 1.0]
         found = find_modules(classifier, inputs)
-        expected = describe(module_maps(classifier, inputs[:16], found)["backbone.conv5"])
+        expected = describe(module_maps(classifier, inputs[:16], found)[-1])
         assert run.descriptors[0, 18, 4, -1] == 4.0  # log2 of 16 images
         assert expected.shape == run.descriptors[0, 18, 4].shape
         from dataclasses import replace

@@ -20,6 +20,7 @@ DEPTHS = 3  # parts of a network, first to last, for which intervals are known
 SHIPPED = Path(__file__).with_name("judge.safetensors")
 COVERAGE = 0.9  # the probability with which an interval holds the truth of a new run
 FEWEST = 9  # runs that bear such an interval: COVERAGE / (1 - COVERAGE)
+READ = 2 * DESCRIPTORS  # numbers that are read of a module: its own, and those of its network
 _LIMIT = 5.0  # standard deviations; what lies farther out is none of what the judge has seen
 
 
@@ -42,8 +43,9 @@ class Judge(nn.Module):
     """Small networks that vote on the maturity behind the descriptors of a module's maps.
 
     It knows no channel, no count of channels and no size of map, so that it judges networks that
-    it has not seen. All that it needs is in its ``state_dict``: weights, the mean and standard
-    deviation of the descriptors, and half the width of the intervals.
+    it has not seen. A module is read beside the mean of its network's modules; without them it is
+    judged alone, with intervals of its own. All that it needs is in its ``state_dict``: weights,
+    the mean and standard deviation of what is read, and half the width of the intervals.
 
     Parameters
     ----------
@@ -57,57 +59,72 @@ class Judge(nn.Module):
 
     def __init__(self, width: int = 64, members: int = 4) -> None:
         super().__init__()
-        sides = [DESCRIPTORS + 1, width, width, 1]
+        sides = [READ + 1, width, width, 1]
         shapes = list(pairwise(sides))
         self.weights = nn.ParameterList(torch.randn(members, a, b) * a**-0.5 for a, b in shapes)
         self.biases = nn.ParameterList(torch.zeros(members, 1, b) for _, b in shapes)
-        self.register_buffer("mean", torch.zeros(DESCRIPTORS + 1))
-        self.register_buffer("std", torch.ones(DESCRIPTORS + 1))
-        self.register_buffer("half_widths", torch.ones(len(SIZES), DEPTHS))
+        self.register_buffer("mean", torch.zeros(READ + 1))
+        self.register_buffer("std", torch.ones(READ + 1))
+        self.register_buffer("half_widths", torch.ones(2, len(SIZES), DEPTHS))
 
-    def standardised(self, descriptors: Tensor, depth: Tensor) -> Tensor:
-        """What the networks take: (N, DESCRIPTORS) and (N,) -> (N, DESCRIPTORS + 1)."""
-        inputs = torch.cat([descriptors, depth[:, None]], dim=1)
-        return ((inputs - self.mean) / self.std).clamp(-_LIMIT, _LIMIT)
+    def standardised(self, rows: Tensor, depth: Tensor) -> Tensor:
+        """What the networks take, 0 for what is not known: (N, READ), (N,) -> (N, READ + 1)."""
+        inputs = (torch.cat([rows, depth[:, None]], dim=1) - self.mean) / self.std
+        return inputs.clamp(-_LIMIT, _LIMIT).nan_to_num(0.0)
 
     def votes(self, inputs: Tensor, drop: float = 0.0) -> Tensor:
-        """Logits of the maturity, (members, N), of standardised inputs (N, DESCRIPTORS + 1)."""
+        """Logits of the maturity, (members, N), of standardised inputs (N, READ + 1)."""
         hidden = inputs.expand(len(self.weights[0]), *inputs.shape)
         layers = list(zip(self.weights, self.biases, strict=True))
         for weight, bias in layers[:-1]:
             hidden = F.dropout(F.gelu(torch.baddbmm(bias, hidden, weight)), drop, drop > 0)
         return torch.baddbmm(layers[-1][1], hidden, layers[-1][0])[..., 0]
 
-    def forward(self, descriptors: Tensor, depth: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, depth: Tensor) -> Tensor:
         """Maturity (N,), 0 to 1.
 
         Parameters
         ----------
-        descriptors : (N, DESCRIPTORS), rows of :func:`fmce_ops.maturity.describe`.
+        rows : (N, READ), of :func:`beside` or :func:`alone`.
         depth : (N,), where the module lies: 0 the first of its network, 1 the last.
         """
-        return self.votes(self.standardised(descriptors, depth)).sigmoid().mean(0)
+        return self.votes(self.standardised(rows, depth)).sigmoid().mean(0)
 
     @torch.no_grad()
-    def scores(self, descriptors: Tensor, depth: Tensor) -> list[Score]:
+    def scores(self, rows: Tensor, depth: Tensor) -> list[Score]:
         """Maturity with its interval for each row; both as in :meth:`forward`."""
-        values = self(descriptors, depth)
-        halves = self.half_widths[cells(descriptors, depth)]
+        values = self(rows, depth)
+        halves = self.half_widths[cells(rows, depth)]
         return [
             Score(value, max(0.0, value - half), min(1.0, value + half))
             for value, half in zip(values.tolist(), halves.tolist(), strict=True)
         ]
 
 
-def cells(descriptors: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """The row and column of ``half_widths`` that hold for each row: two times (N,).
+def beside(descriptors: Tensor, modules: Tensor | None = None) -> Tensor:
+    """What is read of modules of a network: (..., M, DESCRIPTORS) -> (..., M, READ).
+
+    Their own descriptors, and the mean over all ``modules`` of the network; None: these M.
+    """
+    network = (descriptors if modules is None else modules).mean(-2, keepdim=True)
+    return torch.cat([descriptors, network.expand_as(descriptors)], dim=-1)
+
+
+def alone(descriptors: Tensor) -> Tensor:
+    """What is read of a module whose network is not known: (..., DESCRIPTORS) -> (..., READ)."""
+    return torch.cat([descriptors, torch.full_like(descriptors, torch.nan)], dim=-1)
+
+
+def cells(rows: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of ``half_widths`` holds for each row: (N,) whether it is alone, size, depth.
 
     A count of images between two of SIZES has the wider interval.
     """
-    counts = 2 ** descriptors[:, -1]
+    counts = 2 ** rows[:, DESCRIPTORS - 1]
     sizes = torch.tensor(SIZES, device=counts.device)
     size = (counts[:, None] >= sizes - 0.5).sum(1) - 1
-    return size.clamp_min(0), (depth * DEPTHS).long().clamp(0, DEPTHS - 1)
+    part = (depth * DEPTHS).long().clamp(0, DEPTHS - 1)
+    return rows[:, -1].isnan().long(), size.clamp_min(0), part
 
 
 def depths(modules: int) -> Tensor:

@@ -73,21 +73,21 @@ def find_modules(
 @torch.no_grad()
 def module_maps(
     network: nn.Module, images: Tensor, modules: Sequence[FunctionalModule]
-) -> dict[str, Tensor]:
-    """What each module makes of ``images`` (N, 3, H, W) in evaluation mode: name -> (N, C, h, w).
+) -> list[Tensor]:
+    """What each module makes of ``images`` (N, 3, H, W) in evaluation mode: (N, C, h, w) each.
 
     The network is in its former mode afterwards.
     """
-    ends = {module.end: module.name for module in modules}
+    ends = {module.end for module in modules}
     made: dict[str, Tensor] = {}
 
     def keep(end: str, output: Any) -> None:
         if end in ends and isinstance(output, Tensor):
-            made[ends[end]] = output.clone()  # a later layer may work in place
+            made[end] = output.clone()  # a later layer may work in place
 
     with _hooked(network, keep):
         network(images)
-    return {module.name: made[module.name] for module in modules}
+    return [made[module.end] for module in modules]
 
 
 def _outputs(network: nn.Module, images: Tensor) -> dict[str, _Output]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fmce_ops.maturity.descriptors import describe
-from fmce_ops.maturity.judge import Judge, Score, depths, load_judge
-from fmce_ops.maturity.modules import find_modules, module_maps
+from fmce_ops.maturity.judge import Judge, Score, beside, depths, load_judge
+from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
 
 _AT_ONCE = 256  # images whose maps are in memory together
 
@@ -41,15 +41,26 @@ def score(
     """
     judge = judge or load_judge()
     images = images.to(next(network.parameters(), images).device)
-    found = find_modules(network, images, modules)
-    depth = depths(len(found)) if modules is None else _depths(network, images, modules)
+    every = find_modules(network, images)
+    found = every if modules is None else find_modules(network, images, modules)
+    depth = depths(len(every))[[_place(module.name, every) for module in found]]
     parts = [part for part in images.split(_AT_ONCE) if len(part) == min(_AT_ONCE, len(images))]
-    read = []
-    for part in parts:
-        maps = module_maps(network, part, found)
-        read.append(torch.stack([describe(maps[module.name]).cpu() for module in found]))
-    scores = [judge.scores(descriptors, depth) for descriptors in read]
+    scores = [judge.scores(_read(network, part, every, found), depth) for part in parts]
     return {module.name: _mean([s[i] for s in scores]) for i, module in enumerate(found)}
+
+
+def _read(
+    network: nn.Module,
+    images: Tensor,
+    every: Sequence[FunctionalModule],
+    found: Sequence[FunctionalModule],
+) -> Tensor:
+    """Rows of the modules that were found, beside every module of the network."""
+    wanted = list(dict.fromkeys([*every, *found]))
+    maps = module_maps(network, images, wanted)
+    known = {module: describe(made).cpu() for module, made in zip(wanted, maps, strict=True)}
+    modules = torch.stack([known[module] for module in every])
+    return beside(torch.stack([known[module] for module in found]), modules)
 
 
 def next_to_train(scores: dict[str, Score]) -> str:
@@ -57,14 +68,10 @@ def next_to_train(scores: dict[str, Score]) -> str:
     return min(scores, key=lambda name: scores[name].value)
 
 
-def _depths(network: nn.Module, images: Tensor, names: Sequence[str]) -> Tensor:
-    """Of modules that the user named: where they lie among all functional modules."""
-    every = [module.name for module in find_modules(network, images)]
-    places = [
-        next((i for i, known in enumerate(every) if _within(name, known)), len(every) - 1)
-        for name in names
-    ]
-    return depths(len(every))[places]
+def _place(name: str, every: Sequence[FunctionalModule]) -> int:
+    """Where a module lies among all functional modules."""
+    places = (i for i, known in enumerate(every) if _within(name, known.name))
+    return next(places, len(every) - 1)
 
 
 def _within(name: str, known: str) -> bool:

@@ -3,15 +3,28 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fmce_ops.maturity import DEPTHS, FEWEST, SIZES, Judge, cells, depths, half_width
+from fmce_ops.maturity import (
+    DEPTHS,
+    DESCRIPTORS,
+    FEWEST,
+    SIZES,
+    Judge,
+    alone,
+    beside,
+    cells,
+    depths,
+    half_width,
+)
 from fmce_ops.training.reporter import Reporter, Row
 
 _NOISE, _DROP, _WEIGHT_DECAY = 0.1, 0.2, 0.05
+_ALONE = 0.25  # share of the rows that are learned without their network
 _FOLDS = 5  # groups of runs that are left out in turn to find the intervals
 
 
@@ -33,11 +46,11 @@ class StudiedRun:
     maturity: Tensor
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Descriptors (n, DESCRIPTORS), depth (n,) and maturity (n,) of every bag of a module."""
+        """What is read (n, READ), depth (n,) and maturity (n,) of every bag of a module."""
         shape = self.descriptors.shape[:3]
         depth = depths(shape[2]).expand(shape)
         truth = self.maturity[:, None].expand(shape)
-        return self.descriptors.flatten(0, 2), depth.flatten(), truth.flatten()
+        return beside(self.descriptors).flatten(0, 2), depth.flatten(), truth.flatten()
 
 
 @dataclass(frozen=True)
@@ -73,10 +86,10 @@ class LeftOut:
 def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
     """A judge that has learned from all of the runs; its intervals are not yet known."""
     rows = [run.rows() for run in runs]
-    descriptors, depth, truth = (torch.cat(part) for part in zip(*rows, strict=True))
+    read, depth, truth = (torch.cat(part) for part in zip(*rows, strict=True))
     torch.manual_seed(plan.seed)
     judge = Judge(plan.width, plan.members)
-    inputs = torch.cat([descriptors, depth[:, None]], dim=1)
+    inputs = torch.cat([read, depth[:, None]], dim=1)
     judge.mean.copy_(inputs.mean(0))
     judge.std.copy_(inputs.std(0, correction=0).clamp_min(1e-3))
     drawn = torch.multinomial(_equal_shares(rows), plan.steps * plan.batch_size, replacement=True)
@@ -84,7 +97,8 @@ def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
     for step, chosen in enumerate(drawn.split(plan.batch_size)):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * (1 + math.cos(math.pi * step / plan.steps)) / 2
-        clean = judge.standardised(descriptors[chosen], depth[chosen])
+        clean = judge.standardised(read[chosen], depth[chosen])
+        clean[torch.rand(len(clean)) < _ALONE, DESCRIPTORS:-1] = 0.0
         noisy = clean + _NOISE * torch.randn_like(clean)
         loss = (judge.votes(noisy, _DROP).sigmoid() - truth[chosen]).square().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -93,24 +107,23 @@ def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
     return judge.eval()
 
 
-def calibrate(judge: Judge, errors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+def calibrate(judge: Judge, errors: Sequence[Tensor]) -> None:
     """Set the judge's intervals from the errors of judges on runs that they had not seen.
 
-    ``errors``: of each run the absolute errors with their size and depth, three times (n,).
+    ``errors``: of each run (n, 4), the absolute errors with their cells.
     """
-    for size in range(len(SIZES)):
-        for depth in range(DEPTHS):
-            chosen = [e[(s == size) & (d == depth)] for e, s, d in errors]
-            chosen = [part for part in chosen if len(part)]
-            judge.half_widths[size, depth] = half_width(chosen) if chosen else 1.0
+    for cell in product(*map(range, judge.half_widths.shape)):
+        chosen = [run[(run[:, 1:] == torch.tensor(cell)).all(1), 0] for run in errors]
+        chosen = [part for part in chosen if len(part)]
+        judge.half_widths[cell] = half_width(chosen) if chosen else 1.0
     # More images never make a module less certain, nor does their lack of examples.
-    judge.half_widths.copy_(judge.half_widths.cummin(0).values)
+    judge.half_widths.copy_(judge.half_widths.cummin(1).values)
 
 
 def left_out_errors(
     runs: Sequence[StudiedRun], plan: JudgePlan, folds: int = _FOLDS
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Errors on each run of a judge that learned from runs of other folds."""
+) -> list[Tensor]:
+    """Errors (n, 4) on each run of a judge that learned from runs of other folds."""
     folds = min(folds, len(runs))
     found = []
     for fold in range(folds):
@@ -152,13 +165,13 @@ def leave_out(
 
 def judged(judge: Judge, run: StudiedRun) -> LeftOut:
     """What the judge says of a run."""
-    descriptors, depth, truth = run.rows()
-    scores = judge.scores(descriptors, depth)
+    rows, depth, truth = run.rows()
+    scores = judge.scores(rows, depth)
     value, low, high = (
         torch.tensor([getattr(score, name) for score in scores])
         for name in ("value", "low", "high")
     )
-    return LeftOut(value, low, high, truth, *cells(descriptors, depth))
+    return LeftOut(value, low, high, truth, *cells(rows, depth)[1:])
 
 
 def summary(
@@ -189,18 +202,21 @@ def summary(
     return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
 
 
-def _errors(judge: Judge, run: StudiedRun) -> tuple[Tensor, Tensor, Tensor]:
-    descriptors, depth, truth = run.rows()
+def _errors(judge: Judge, run: StudiedRun) -> Tensor:
+    """Of every module with its network, and alone: (n, 4), the error and its cell."""
+    rows, depth, truth = run.rows()
+    rows = torch.cat([rows, alone(rows[:, :DESCRIPTORS])])
+    depth, truth = depth.repeat(2), truth.repeat(2)
     with torch.no_grad():
-        values = judge(descriptors, depth)
-    return (values - truth).abs(), *cells(descriptors, depth)
+        values = judge(rows, depth)
+    return torch.stack([(values - truth).abs(), *cells(rows, depth)], dim=1)
 
 
 def _equal_shares(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Weights (n,) with which every run, and in it every size, is drawn equally often."""
     parts = []
-    for descriptors, depth, _ in rows:
-        size, _ = cells(descriptors, depth)
+    for read, depth, _ in rows:
+        _, size, _ = cells(read, depth)
         counts = size.bincount(minlength=len(SIZES))
         parts.append(1 / (counts[size] * (counts > 0).sum()))
     return torch.cat(parts)

@@ -82,7 +82,7 @@ def describe_run(
         if shard is None:
             load_into(classifier, checkpoint.file)
             maps = module_maps(classifier, inputs, modules)
-            bags = [describe_bags(maps[module.name], sizes).cpu() for module in modules]
+            bags = [describe_bags(made, sizes).cpu() for made in maps]
             with ShardWriter(folder, **layout) as writer:
                 writer.append(torch.stack(bags, dim=1), range(len(sizes)), sizes)
             shard = writer.close()
