@@ -194,6 +194,12 @@ def test_posttrain_is_never_worse_on_validation_and_its_network_is_registered(
     assert answer["accuracy"] == pytest.approx(facts["test_accuracy"])
 
 
+def in_two_processes(project: Path, stage: str) -> None:
+    fabric = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
+    port = ["--main-port", str(free_port())]
+    command(project, *fabric, *port, str(Path(sys.executable).parent / "fmce-ops"), stage)
+
+
 def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     copy: Path,
 ) -> None:
@@ -204,10 +210,7 @@ def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     assert set(facts["targets"]) == {"conv5", "stage4..conv5"}
     for name in facts["targets"]:
         fmce_ops(copy, "shards", "verify", f"data/targets/{name}/outputs")
-    fabric = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
-    scripts = Path(sys.executable).parent
-    port = ["--main-port", str(free_port())]
-    command(copy, *fabric, *port, str(scripts / "fmce-ops"), "posttrain")
+    in_two_processes(copy, "posttrain")
     assert json.loads((copy / "results/posttrain.json").read_text()) == facts
     write_params(copy, {**SMALL, "posttrain": {"modules": ["stage9"]}})
     done = fmce_ops(copy, "posttrain", code=2)
@@ -228,6 +231,24 @@ def test_pathways_has_a_child_run_for_each_training_with_its_costs(project: Path
     assert 0 <= metrics["open/backbone.conv5.0"] <= 1
     facts = json.loads((project / "results/pathways.json").read_text())
     assert parent.data.metrics["final/test_accuracy"] == facts["test_accuracy"]
+
+
+def test_pathways_trains_in_two_processes(copy: Path) -> None:
+    in_two_processes(copy, "pathways")
+    parent = runs(copy, "pathways")[0]
+    children = [
+        run
+        for run in runs(copy, "pathways-arm")
+        if run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    ]
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert len(children) == 2
+    store = client(copy)
+    for run in children:
+        history = store.get_metric_history(run.info.run_id, "val/accuracy")
+        assert [metric.step for metric in history] == [1, 2]
+    facts = json.loads((copy / "results/pathways.json").read_text())
+    assert facts["test_accuracy"] > 0.2  # better than chance
 
 
 def test_pathways_reports_paths_beside_the_dense_network_and_pruning(project: Path) -> None:
