@@ -68,3 +68,30 @@ def test_phases_that_differ_in_their_channels_are_learned() -> None:
         F.cross_entropy(net(maps), labels).backward()
         optimizer.step()
     assert (net(maps).argmax(1) == labels).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 1), (64, 2, 2), (64, 3, 3), (64, 7, 7), (64, 1, 3)])
+def test_small_maps_get_what_a_convolution_gives(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    net, maps = FmceNet(shape, 10).double(), torch.rand(5, *shape)
+    plain = torch.nn.Sequential(
+        *[
+            torch.nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1).double()
+            if isinstance(layer, torch.nn.Conv2d)
+            else layer
+            for layer in net.layers
+        ]
+    )
+    plain.load_state_dict(net.layers.state_dict())
+    made, wanted = net.layers(maps.double()), plain(maps.double())
+    torch.testing.assert_close(made, wanted)
+    assert list(net.state_dict()) == [
+        *[f"layers.{name}" for name in plain.state_dict()],
+        "head.weight",
+        "head.bias",
+    ]
+    wanted.square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in plain.parameters()]
+    made.square().sum().backward()
+    found = [parameter.grad for parameter in net.layers.parameters()]
+    torch.testing.assert_close(found, gradients)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def extract(
     settings: Extraction,
     folder: Path,
     reporter: Reporter,
+    chosen: range | None = None,
 ) -> list[Shard]:
     """Write one shard for each phase and part; those that are whole already are kept.
 
+    ``chosen`` are the training images whose maps are made, in one piece; all of them if not given.
     With several processes each writes its share of the parts. Batches never cross a part, so the
     bytes of a shard do not depend on what was done before or by whom.
 
@@ -57,7 +60,8 @@ def extract(
     The records of all shards, sorted by phase and part, on every process.
     """
     classifier.to(fabric.device).to(memory_format=torch.channels_last).eval()
-    parts = list(_parts(len(checkpoints), images.counts["train"], settings.images_per_shard))
+    rows = range(images.counts["train"]) if chosen is None else chosen
+    parts = list(_parts(len(checkpoints), len(rows), settings.images_per_shard))
     mine = parts[fabric.global_rank :: fabric.world_size]
     reporter.begin("features", len(mine))
     loaded, shards = 0, []
@@ -68,7 +72,7 @@ def extract(
             if loaded != part.phase:
                 load_into(classifier, checkpoints[part.phase - 1])
                 loaded = part.phase
-            shard = _write(fabric, classifier, images, part, settings, folder)
+            shard = _write(fabric, classifier, images, rows.start, part, settings, folder)
         shards.append(shard)
         speed = part.count / (time.perf_counter() - started)
         values = {"phase": float(part.phase), "images_per_second": speed}
@@ -104,23 +108,33 @@ def _write(
     fabric: Fabric,
     classifier: Classifier,
     images: Images,
+    first: int,
     part: _Part,
     settings: Extraction,
     folder: Path,
 ) -> Shard:
-    stop = part.start + part.count
-    with ShardWriter(folder, **_layout(part, settings)) as writer:
-        for start in range(part.start, stop, settings.batch_size):
-            pixels, labels = images.read("train", start, min(start + settings.batch_size, stop))
-            maps = _maps(fabric, classifier, pixels, images, settings.size)
-            writer.append(maps, torch.arange(start, start + len(labels)).numpy(), labels.numpy())
+    """The next maps are made while the last ones go to the disk."""
+    begin, end = first + part.start, first + part.start + part.count
+    written: Future[None] | None = None
+    with ShardWriter(folder, **_layout(part, settings)) as writer, ThreadPoolExecutor(1) as disk:
+        for start in range(begin, end, settings.batch_size):
+            pixels, labels = images.read("train", start, min(start + settings.batch_size, end))
+            maps = _maps(fabric, classifier, pixels, images, settings)
+            index = torch.arange(start, start + len(labels)).numpy()
+            if written:
+                written.result()
+            written = disk.submit(writer.append, maps, index, labels.numpy())
+        if written:
+            written.result()
     return writer.close()
 
 
 @torch.inference_mode()
 def _maps(
-    fabric: Fabric, classifier: Classifier, pixels: Tensor, images: Images, size: int
+    fabric: Fabric, classifier: Classifier, pixels: Tensor, images: Images, settings: Extraction
 ) -> Tensor:
-    inputs = to_input(fabric.to_device(pixels), size=size, mean=images.mean, std=images.std)
+    inputs = to_input(
+        fabric.to_device(pixels), size=settings.size, mean=images.mean, std=images.std
+    )
     with fabric.autocast():
-        return classifier.features(inputs).float().cpu()
+        return classifier.features(inputs).cpu()

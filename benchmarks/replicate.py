@@ -1,0 +1,594 @@
+"""One cell of tables I and II of arXiv 2405.04041, from the images to the figures, in slices.
+
+    python benchmarks/replicate.py cifar10-resnet50 STATE --data DATA --minutes 9
+    python benchmarks/replicate.py --render
+
+A cell is a data set and a network. The first command works for about that many minutes, keeps all
+that it did in the folder STATE, and goes on from there when it is given again; its exit status is
+75 until it has written benchmarks/results/CELL-SCALE-SEED.json. The second command writes all
+results into docs/results.md.
+
+DATA holds MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/train, as their
+downloads leave them. The scale ``paper`` is the paper's setting; ``cpu`` is a smaller one for two
+cores. Needs torch, torchvision, h5py, hdf5plugin, safetensors, Lightning Fabric and rich; no
+MLflow, no DVC and no network.
+
+Maps that do not fit on the disk are made and judged in parts: FMCE-Net learns from the parts one
+after the other, each with all its epochs, and then every part is made again to be judged.
+"""
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fmce_ops.convergence import Markers, epoch_markers
+from fmce_ops.data import Augment, Images, TrainBatches, prepare
+from fmce_ops.files import write_json, write_text
+from fmce_ops.models import Classifier, FmceNet, build, feature_shape, load_into
+from fmce_ops.progress import PlainProgress
+from fmce_ops.shards import Manifest, ShardStore, split_by_image, split_paper
+from fmce_ops.training.classifier import (
+    Plan,
+    Validation,
+    evaluate,
+    point_file,
+    train_classifier,
+)
+from fmce_ops.training.devices import Precision, launch
+from fmce_ops.training.features import Extraction, extract
+from fmce_ops.training.fmce import FmcePlan, best_epoch, judge, train_fmce
+from fmce_ops.training.losses import Point
+from fmce_ops.training.metrics import Figures
+from fmce_ops.training.reporter import Row
+from lightning_fabric import Fabric
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SPLITS = {"image": split_by_image, "paper": split_paper}
+PHASES, TEST, VALIDATION = 10, 0.25, 0.1
+NOT_YET = 75  # exit status
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A data set and a network, with the paper's settings and its figures."""
+
+    dataset: str
+    backbone: str
+    epochs: int
+    mu: float
+    markers: tuple[int, ...]
+    top1: float
+    fmce: float  # accuracy of FMCE-Net
+
+
+CELLS = {
+    "mnist-resnet50": Cell(
+        *("mnist", "resnet50", 100, 1e-4),
+        *((7, 13, 20, 29, 40, 50, 60, 65, 70, 74), 0.9926, 0.9994),
+    ),
+    "mnist-shufflenet": Cell(
+        *("mnist", "shufflenet_v2_x1_0", 100, 1e-4),
+        *((7, 12, 18, 25, 33, 43, 54, 65, 71, 76), 0.9927, 0.9942),
+    ),
+    "cifar10-resnet50": Cell(
+        *("cifar10", "resnet50", 150, 1e-4),
+        *((11, 19, 29, 42, 59, 80, 93, 98, 104, 109), 0.9158, 0.9409),
+    ),
+    "cifar10-shufflenet": Cell(
+        *("cifar10", "shufflenet_v2_x1_0", 150, 1e-4),
+        *((11, 20, 30, 45, 65, 83, 95, 101, 107, 113), 0.8734, 0.9200),
+    ),
+    "mini-imagenet-resnet50": Cell(
+        *("mini-imagenet", "resnet50", 150, 1e-3),
+        *((10, 18, 26, 36, 48, 61, 76, 94, 114, 145), 0.7860, 0.9989),
+    ),
+    "mini-imagenet-shufflenet": Cell(
+        *("mini-imagenet", "shufflenet_v2_x1_0", 250, 1e-3),
+        *((9, 15, 23, 35, 50, 70, 94, 124, 161, 215), 0.7133, 0.9987),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a cell is trained and judged; None stands for what the paper gives for the cell."""
+
+    size: int  # px that the network sees
+    images: int | None  # for training, over all classes
+    epochs: int | None
+    points_per_epoch: int
+    batch_size: int
+    lr: float
+    mu: float | None
+    relative: bool  # mu is in units of the largest loss
+    method: str  # of smoothing
+    fmce_epochs: int
+    fmce_batch_size: int
+    precision: Precision
+    seed: int
+
+
+SCALES = {
+    "paper": Setting(224, None, None, 1, 256, 1e-3, None, False, "paper", 10, 256, "32-true", 0),
+    "cpu": Setting(64, 2000, 24, 2, 64, 5e-4, 5e-3, True, "ema", 10, 64, "32-true", 0),
+}
+
+
+class SliceOverError(Exception):
+    """The slice is over; what it did is in the folder."""
+
+
+class Slice(PlainProgress):
+    """Prints every step, and ends the slice once its minutes are over.
+
+    Every loop writes a step down before it tells of it.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def row(self, row: Row) -> None:
+        """Print the step."""
+        super().row(row)
+        if time.monotonic() > self._end:
+            raise SliceOverError
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every step of a cell needs."""
+
+    name: str
+    scale: str
+    cell: Cell
+    setting: Setting
+    folder: Path
+    disk: float  # bytes that maps may take
+    fabric: Fabric
+    reporter: Slice
+    compile: bool
+
+    @property
+    def epochs(self) -> int:
+        return self.setting.epochs or self.cell.epochs
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images.h5"
+
+    def network(self, classes: int) -> Classifier:
+        torch.manual_seed(self.setting.seed)
+        return build(self.cell.backbone, classes, in_size=self.setting.size)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each step, over all slices."""
+        path = self.folder / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def clock(self, step: str) -> Iterator[None]:
+        """Add the time within to a step, also when the slice ends there."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            known = self.seconds
+            known[step] = known.get(step, 0.0) + time.monotonic() - started
+            write_json(self.folder / "seconds.json", known)
+
+
+def run(work: Work, data: Path) -> dict[str, Any]:
+    """All of the cell that is not done yet; the result.
+
+    Raises
+    ------
+    SliceOverError
+        The slice ended first.
+    """
+    if not work.images.exists():
+        with work.clock("prepare"):
+            make_images(work, data)
+    with Images.open(work.images) as images:
+        history, top1 = train(work, images)
+        markers = find_markers(work, history)
+        checkpoints = keep_markers(work, markers)
+        parts = parts_of(work, images)
+        for number, rows in enumerate(parts):
+            learn(work, images, checkpoints, rows, number)
+        found = {split: judged(work, images, checkpoints, parts, split) for split in SPLITS}
+        return result(work, images, history, top1, markers, len(parts), found)
+
+
+def make_images(work: Work, data: Path) -> None:
+    """The images of the cell, in one file."""
+    name = work.cell.dataset
+    folder = data / name
+    plain = (folder / "train").is_dir()
+    kind = "image-folder" if plain else name
+    classes = 100 if name == "mini-imagenet" else 10
+    few = work.setting.images
+    prepare(
+        kind,
+        work.images,
+        root=folder if plain else data,
+        image_size=work.setting.size,
+        per_class=few // classes if few else None,
+        validation=0.05,
+        test=0.2,
+        seed=0,
+    )
+
+
+def train(work: Work, images: Images) -> tuple[list[Point], float]:
+    """The original task: its loss curve, and the accuracy of its last weights on test images."""
+    setting, device = work.setting, work.fabric.device
+    network = work.network(len(images.classes))
+    done = work.folder / "trained.json"
+    if not done.exists():
+        if work.compile:
+            network.compile()
+        seen = {"size": setting.size, "mean": images.mean, "std": images.std}
+        pixels, labels = (part.to(device) for part in images.load("train"))
+        flip = work.cell.dataset != "mnist"
+        batches = TrainBatches(
+            *(pixels, labels),
+            batch_size=setting.batch_size,
+            augment=Augment(pad=setting.size // 8, flip=flip),
+            seed=setting.seed,
+            **seen,
+        )
+        held_out = Validation(*(part.to(device) for part in images.load("val")), **seen)
+        tested = Validation(*(part.to(device) for part in images.load("test")), **seen)
+        plan = Plan(
+            *(work.epochs, setting.points_per_epoch, "adam"),
+            *(setting.lr, 0.0, "cosine", setting.seed),
+        )
+        where = work.folder / "train"
+        with work.clock("train"):
+            history = train_classifier(
+                *(work.fabric, network, batches, held_out, plan, where), work.reporter
+            )
+        load_into(network, point_file(where, len(history)))
+        top1 = evaluate(work.fabric, network.to(device), tested)[1]
+        write_json(done, {"history": [asdict(point) for point in history], "top1": top1})
+    known = json.loads(done.read_text())
+    return [Point(**row) for row in known["history"]], known["top1"]
+
+
+def find_markers(work: Work, history: list[Point]) -> Markers:
+    """The points that made the scores."""
+    setting = work.setting
+    return epoch_markers(
+        [point.train_loss for point in history],
+        PHASES,
+        setting.mu or work.cell.mu,
+        relative=setting.relative,
+        method=setting.method,
+    )
+
+
+def keep_markers(work: Work, markers: Markers) -> list[Path]:
+    """The weights of the markers; those of all other points are removed."""
+    where = work.folder / "train"
+    kept = [point_file(where, point) for point in markers.points]
+    for path in set(where.glob("point-*.safetensors")) - set(kept):
+        path.unlink()
+    return kept
+
+
+def extraction(work: Work, images: Images) -> Extraction:
+    """How maps are made and stored."""
+    network = work.network(len(images.classes))
+    shape = feature_shape(network, work.setting.size)
+    return Extraction(shape, "float16", None, 1024, 256, work.setting.size)
+
+
+def parts_of(work: Work, images: Images) -> list[range]:
+    """The training images in as many pieces as the disk asks for, settled in the first slice."""
+    count, path = images.counts["train"], work.folder / "parts.json"
+    if not path.exists():
+        each = PHASES * 2 * math.prod(extraction(work, images).shape)
+        write_json(path, math.ceil(count * each / work.disk))
+    size = math.ceil(count / json.loads(path.read_text()))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def store(
+    work: Work, images: Images, checkpoints: list[Path], rows: range, number: int
+) -> ShardStore:
+    """The maps of a part; those of other parts are removed first."""
+    folder = work.folder / f"maps-{number}"
+    for other in work.folder.glob("maps-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    if not (folder / "manifest.json").exists():
+        settings = extraction(work, images)
+        network = work.network(len(images.classes))
+        with work.clock("features"):
+            shards = extract(
+                *(work.fabric, network, checkpoints, images, settings, folder),
+                *(work.reporter, rows),
+            )
+        Manifest(
+            *(settings.dtype, settings.compression, settings.shape, PHASES, len(rows)),
+            shards=tuple(shards),
+            classes=len(images.classes),
+        ).save(folder)
+    return ShardStore.open(folder)
+
+
+def fmce_net(work: Work, maps: ShardStore) -> FmceNet:
+    """The network before it has learnt."""
+    torch.manual_seed(work.setting.seed)
+    channels, height, width = maps.manifest.shape
+    return FmceNet((channels, height, width), PHASES)
+
+
+def rows_of(work: Work, maps: ShardStore, split: str) -> Any:
+    """Training, validation and test rows of a part."""
+    images = maps.manifest.images
+    return SPLITS[split](images, PHASES, TEST, VALIDATION, work.setting.seed)
+
+
+def best_of(work: Work, split: str, number: int) -> Path:
+    """The weights of FMCE-Net after a part."""
+    return work.folder / f"fmce-{split}" / f"part-{number}" / "best.safetensors"
+
+
+def learn(work: Work, images: Images, checkpoints: list[Path], rows: range, number: int) -> None:
+    """FMCE-Net of either split goes on with a part."""
+    for split in SPLITS:
+        where = best_of(work, split, number).parent
+        if (where / "done.json").exists():
+            continue
+        with store(work, images, checkpoints, rows, number) as maps:
+            network = fmce_net(work, maps)
+            if number:
+                load_into(network, best_of(work, split, number - 1))
+            chosen, setting = rows_of(work, maps, split), work.setting
+            plan = FmcePlan(setting.fmce_epochs, setting.fmce_batch_size, 1e-3, setting.seed)
+            with work.clock(f"fmce, split by {split}"):
+                history = train_fmce(
+                    *(work.fabric, network, maps, chosen.train, chosen.validation),
+                    *(plan, where, work.reporter),
+                )
+        write_json(where / "done.json", asdict(best_epoch(history)))
+
+
+def judged(
+    work: Work, images: Images, checkpoints: list[Path], parts: list[range], split: str
+) -> dict[str, Any]:
+    """Figures of the test maps of all parts together, by the FMCE-Net after the last part."""
+    total = np.zeros((PHASES, PHASES), np.int64)
+    for number, rows in enumerate(parts):
+        path = work.folder / f"fmce-{split}" / f"confusion-{number}.json"
+        if not path.exists():
+            with store(work, images, checkpoints, rows, number) as maps:
+                network = fmce_net(work, maps)
+                load_into(network, best_of(work, split, len(parts) - 1))
+                network.to(work.fabric.device)
+                chosen = rows_of(work, maps, split).test
+                matrix, _ = judge(work.fabric, network, maps, chosen, 256)
+            write_json(path, matrix.tolist())
+        total += np.array(json.loads(path.read_text()))
+    last = best_of(work, split, len(parts) - 1).parent / "done.json"
+    best = json.loads(last.read_text())
+    return {
+        **asdict(Figures.of(total)),
+        "best_epoch": best["epoch"],
+        "validation_accuracy": best["val_accuracy"],
+        "confusion": total.tolist(),
+    }
+
+
+def result(
+    work: Work,
+    images: Images,
+    history: list[Point],
+    top1: float,
+    markers: Markers,
+    parts: int,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that a reader needs to believe the figures, or to repeat them."""
+    names = ("torch", "torchvision", "h5py", "lightning-fabric", "numpy")
+    return {
+        "cell": work.name,
+        "scale": work.scale,
+        "setting": asdict(work.setting),
+        "epochs": work.epochs,
+        "images": images.counts,
+        "side": images.side,
+        "map": list(extraction(work, images).shape),
+        "parts": parts,
+        "losses": [point.train_loss for point in history],
+        "top1": top1,
+        "markers": asdict(markers),
+        "fmce": found,
+        "seconds": {step: round(seconds, 1) for step, seconds in work.seconds.items()},
+        "hardware": hardware(work.fabric),
+        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
+        "commit": commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def hardware(fabric: Fabric) -> str:
+    """What the cell ran on."""
+    if fabric.device.type == "cuda":
+        return torch.cuda.get_device_name(fabric.device)
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit of this code, with a plus where files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(RESULTS.parents[1]), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if dirty else "")
+
+
+def render() -> None:
+    """Replace the tables of docs/results.md by those of all results."""
+    page = RESULTS.parents[1] / "docs" / "results.md"
+    whole = page.read_text()
+    before, rest = whole.split(BEGIN)
+    after = rest.split(END)[1]
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    order = {name: i for i, name in enumerate(CELLS)}
+    results.sort(key=lambda r: (r["scale"] != "paper", order[r["cell"]], r["setting"]["seed"]))
+    write_text(page, f"{before}{BEGIN}\n{tables(results)}{END}{after}")
+
+
+BEGIN, END = "<!-- tables: python benchmarks/replicate.py --render -->", "<!-- end -->"
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Tables I and II, published beside ours, and what each cell took."""
+    published = [
+        f"| {name} | published | {cell.epochs} | {cell.mu:g} | {listed(cell.markers)} | "
+        f"{cell.top1:.4f} |"
+        for name, cell in CELLS.items()
+    ]
+    one = [*published, *map(row_one, results)]
+    two = [f"| {n} | published | maps | {c.fmce:.4f} | | | | | |" for n, c in CELLS.items()]
+    two += [row for found in results for row in rows_two(found)]
+    names = list(CELLS)
+    for rows in (one, two):
+        rows.sort(key=lambda row: names.index(row.split("|")[1].strip()))
+    return "\n".join(
+        [
+            "### Table I: the original task",
+            "",
+            "| cell | scale, seed | epochs | mu | markers | top-1 |",
+            "|---|---|---|---|---|---|",
+            *one,
+            "",
+            "Markers are epochs where the paper's scale is used, and points (halves of an epoch) "
+            "at the scale `cpu`; mu in brackets was not reached, and the last point serves.",
+            "",
+            "### Table II: FMCE-Net on test maps",
+            "",
+            "| cell | scale, seed | split by | accuracy | precision | recall | F1 "
+            "| within one | over published |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *two,
+            "",
+            "### What each cell was, and took",
+            "",
+            "| cell | scale, seed | training images | map | parts | minutes | on | commit |",
+            "|---|---|---|---|---|---|---|---|",
+            *map(row_cost, results),
+            "",
+        ]
+    )
+
+
+def listed(markers: Any) -> str:
+    """As the paper prints them."""
+    return f"[{' '.join(map(str, markers))}]"
+
+
+def label(found: dict[str, Any]) -> str:
+    """Scale and seed."""
+    return f"{found['scale']}, {found['setting']['seed']}"
+
+
+def row_one(found: dict[str, Any]) -> str:
+    """A row of table I."""
+    markers = found["markers"]
+    mu = f"{markers['mu']:.2g}" if markers["converged"] else f"({markers['mu']:.2g})"
+    return (
+        f"| {found['cell']} | {label(found)} | {found['epochs']} | {mu} | "
+        f"{listed(markers['points'])} | {found['top1']:.4f} |"
+    )
+
+
+def rows_two(found: dict[str, Any]) -> list[str]:
+    """The rows of table II, one for each split."""
+    names = ("accuracy", "precision", "recall", "f1", "within_one")
+    rows = []
+    for split, figures in found["fmce"].items():
+        over = figures["accuracy"] - CELLS[found["cell"]].fmce
+        cells = [f"{figures[name]:.4f}" for name in names]
+        words = "images" if split == "image" else "maps"
+        start = f"| {found['cell']} | {label(found)} | {words} | "
+        rows.append(f"{start}{' | '.join(cells)} | {over:+.4f} |")
+    return rows
+
+
+def row_cost(found: dict[str, Any]) -> str:
+    """What a cell was, and took."""
+    minutes = sum(found["seconds"].values()) / 60
+    shape = "x".join(map(str, found["map"]))
+    return (
+        f"| {found['cell']} | {label(found)} | {found['images']['train']} at "
+        f"{found['setting']['size']} px | {shape} | {found['parts']} | {minutes:.0f} | "
+        f"{found['hardware']} | {found['commit']} |"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cell", nargs="?", choices=CELLS)
+    parser.add_argument("state", nargs="?", type=Path, help="folder that keeps all that is done")
+    parser.add_argument("--data", type=Path, default=Path("data/raw"))
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of this slice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk", type=float, help="GB that maps may take; half of what is free")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--render", action="store_true", help="write docs/results.md")
+    given = parser.parse_args(arguments)
+    if given.render:
+        render()
+        return
+    if given.cell is None or given.state is None:
+        parser.error("give a cell and a folder for its state, or --render")
+    name = f"{given.cell}-{given.scale}-{given.seed}"
+    folder = given.state / name
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = replace(SCALES[given.scale], seed=given.seed)
+    if torch.cuda.is_available():
+        setting = replace(setting, precision="bf16-mixed")
+    disk = 1e9 * given.disk if given.disk else shutil.disk_usage(folder).free / 2
+    with Slice(given.minutes) as reporter:
+        fabric = launch(setting.precision)
+        cell = CELLS[given.cell]
+        work = Work(
+            *(given.cell, given.scale, cell, setting, folder),
+            *(disk, fabric, reporter, given.compile),
+        )
+        try:
+            found = run(work, given.data)
+        except SliceOverError:
+            print("the slice is over: give the same command again")
+            sys.exit(NOT_YET)
+    write_json(RESULTS / f"{name}.json", found)
+    shutil.rmtree(folder)
+    print(f"{RESULTS.name}/{name}.json is written")
+
+
+if __name__ == "__main__":
+    main()

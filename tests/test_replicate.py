@@ -1,0 +1,129 @@
+"""Cells of the paper's tables: in slices and in parts, with nothing but the lower floors."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "replicate.py"
+CELL = "cifar10-shufflenet"
+ABSENT = ("mlflow", "dvc", "typer", "pydantic", "yaml", "sklearn", "captum", "pandas", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits, laid out as the images of CIFAR-10."""
+    root = tmp_path_factory.mktemp("data")
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        split = "test" if number % 4 == 0 else "train"
+        folder = root / "cifar10" / split / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with a cell that takes seconds."""
+    spec = importlib.util.spec_from_file_location("replicate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "replicate", module)  # where dataclasses look it up
+    spec.loader.exec_module(module)
+    module.RESULTS = tmp_path / "results"
+    small = {"points_per_epoch": 1, "size": 16, "images": 200, "fmce_epochs": 2, "lr": 2e-3}
+    module.SCALES["cpu"] = module.replace(module.SCALES["cpu"], mu=1e-6, **small)
+    module.CELLS[CELL] = module.replace(module.CELLS[CELL], backbone="shufflenet_v2_x0_5")
+    return module
+
+
+def replicate(script: ModuleType, state: Path, data: Path, *options: str) -> bool:
+    """Give the command once; whether it ended."""
+    try:
+        script.main([CELL, str(state), "--data", str(data), *options])
+    except SystemExit as end:
+        assert end.code == script.NOT_YET
+        return False
+    return True
+
+
+def found(script: ModuleType) -> dict:
+    """The result, less what is of the clock."""
+    path = script.RESULTS / f"{CELL}-cpu-0.json"
+    whole = json.loads(path.read_text())
+    path.unlink()
+    assert set(whole.pop("seconds")) >= {"prepare", "train", "features", "fmce, split by image"}
+    assert whole.pop("finished")
+    return whole
+
+
+def test_slices_end_as_one_piece(
+    tmp_path: Path, script: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert replicate(script, tmp_path / "whole", data)
+    assert list((tmp_path / "whole").iterdir()) == []
+    whole = found(script)
+    assert np.sum(whole["fmce"]["image"]["confusion"]) == 50 * 10  # a quarter of 200 images
+    slices = 0
+    while not replicate(script, tmp_path / "sliced", data, "--minutes", "0.05"):
+        slices += 1
+        assert slices < 30
+    assert slices >= 2
+    assert found(script) == whole
+
+
+def test_maps_larger_than_the_disk_are_judged_in_parts(
+    tmp_path: Path, script: ModuleType, data: Path
+) -> None:
+    all_maps = 200 * 10 * 2 * 1024 / 1e9
+    assert replicate(script, tmp_path / "state", data, "--disk", str(all_maps / 1.5))
+    result = found(script)
+    assert result["parts"] == 2
+    for split in ("image", "paper"):
+        confusion = np.array(result["fmce"][split]["confusion"])
+        assert (confusion.sum(1) == confusion.sum(1)[0]).all()  # equal counts for each score
+        assert confusion.sum() == pytest.approx(500, abs=20)
+
+
+def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: ModuleType) -> None:
+    figures = dict.fromkeys(("accuracy", "precision", "recall", "f1", "within_one"), 0.95)
+    result = {
+        "cell": CELL,
+        "scale": "cpu",
+        "setting": {"seed": 3, "size": 64},
+        "epochs": 24,
+        "markers": {"points": list(range(1, 11)), "mu": 0.01, "converged": False},
+        "top1": 0.5,
+        "fmce": {"image": figures, "paper": figures},
+        "seconds": {"train": 60.0},
+        "images": {"train": 2000},
+        "map": [1024, 2, 2],
+        "parts": 1,
+        "hardware": "a machine",
+        "commit": "abc",
+    }
+    lines = script.tables([result]).splitlines()
+    of_cell = [line for line in lines if line.startswith(f"| {CELL} ")]
+    assert [line.split(" | ")[1] for line in of_cell] == [
+        *("published", "cpu, 3"),  # table I
+        *("published", "cpu, 3", "cpu, 3"),  # table II, by image and by map
+        "cpu, 3",
+    ]
+    assert "(0.01)" in of_cell[1]  # not converged
+    assert of_cell[3].endswith("| +0.0300 |")  # .95 over the published .92
+
+
+def test_a_bare_machine_is_enough() -> None:
+    code = "import runpy, sys; sys.modules.update(dict.fromkeys({!r})); "
+    code += "sys.argv = ['x', '--help']; runpy.run_path({!r}, run_name='__main__')"
+    code = code.format(ABSENT, str(SCRIPT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert CELL in done.stdout
