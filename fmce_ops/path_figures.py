@@ -89,7 +89,9 @@ def similarity_figure(alike: Tensor, names: Sequence[str]) -> Figure:
 
 
 def profiles_figure(profiles: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
-    """How often each class opens each filter: one strip (K, filters) a layer, sorted by filter.
+    """How often each class opens each filter: one strip (K, filters) a layer.
+
+    Filters are sorted by how often they are open.
 
     Layers whose filters are open for every image are left out.
     """
@@ -109,6 +111,8 @@ def profiles_figure(profiles: Mapping[str, Tensor], names: Sequence[str]) -> Fig
         axis.set_title(f"{name}: {found.mean():.0%} open", fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(names)), names, fontsize=5)
     figure.colorbar(picture, ax=axes, label="share of the class's images", shrink=0.6, aspect=40)
     figure.suptitle("Filters (columns) that each class (rows) opens, where some are ever closed")
     return figure

@@ -13,6 +13,7 @@ from fmce_ops.pathways import (
     fixed,
     forced,
     gated_layers,
+    held,
     measure_costs,
     path_codes,
     recorded,
@@ -111,6 +112,86 @@ def test_a_path_run_with_only_its_filters_gives_the_same_answers(model: nn.Modul
     alone = torch.cat([narrow(image[None]) for image in x])
     for found in (alone, narrow(x)):
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": "same", "dilation": 2},
+        {"padding": "valid"},
+    ],
+)
+def test_every_padding_gives_the_same_answers(options: dict) -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 8, 3, **options), nn.ReLU(), nn.Conv2d(8, 6, 3, **options))
+    network = varied(chain)
+    x = images(4)
+    expected = network(x)
+    assert torch.allclose(compact(network)(x), expected, atol=1e-5)
+    code = path_codes(network, x[:1])[0]
+    assert torch.allclose(fixed(network, code)(x[:1]), expected[:1], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gates_have_the_type_of_their_convolution(dtype: torch.dtype) -> None:
+    model = models.resnet18(num_classes=5).to(dtype).eval()
+    x = images(2).to(dtype)
+    network = attach(model)
+    assert torch.equal(network(x), model(x))
+    code = path_codes(network, x)[0]
+    assert held(network, code)(x).dtype == dtype
+
+
+class Twice(nn.Module):
+    """A convolution and a norm that are used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4).eval()
+        self.norm.running_mean.uniform_(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu()
+        return self.norm(self.shared(self.shared(x)))
+
+
+@torch.no_grad()
+def test_what_is_used_twice_stays_as_it_is() -> None:
+    model, x = Twice().eval(), images(2)
+    network = attach(model)
+    assert list(gated_layers(network)) == ["first"]
+    assert torch.equal(network(x), model(x))
+    assert torch.allclose(compact(network)(x), model(x), atol=1e-6)
+    with pytest.raises(ModelError, match="'shared' is used more than once"):
+        attach(model, ["shared"])
+
+
+@torch.no_grad()
+def test_a_convolution_with_two_names_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    model.other = model[0]
+    assert list(gated_layers(attach(model))) == ["2"]
+
+
+def test_a_network_that_cannot_run_alone_is_refused() -> None:
+    chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(ModelError, match="norm behind 0"):
+        compact(attach(chain))
+    network = attach(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    with pytest.raises(ModelError, match="use fixed"):
+        compact(held(network, torch.ones(4)))
+
+
+def test_a_network_without_gates_has_no_paths() -> None:
+    with pytest.raises(ModelError, match="has no gates"):
+        path_codes(models.resnet18(), images(1))
+    with pytest.raises(ModelError, match="no convolution is named"):
+        attach(models.resnet18(), [])
 
 
 @torch.no_grad()
@@ -244,3 +325,5 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     network = attach(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)))
     with pytest.raises(ModelError, match="do not fit the network"):
         path_codes(network, torch.zeros(shape))
+    with pytest.raises(ModelError, match="do not fit the network"):
+        path_codes(attach(models.resnet18()), torch.zeros(3, 32, 32))

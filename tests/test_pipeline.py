@@ -266,6 +266,11 @@ def test_pathways_reports_paths_beside_the_dense_network_and_pruning(project: Pa
         gates = file["gates/backbone.conv5.0"]
         shape = (len(file["labels"]), gates.attrs["filters"])
         codes = np.unpackbits(gates[:], axis=1, count=gates.attrs["filters"])
+        shares = file["profiles/backbone.conv5.0"][:]
+    assert shares.shape == (10, 1024)
+    assert (shares >= 0).all() and (shares <= 1).all()
+    speed = json.loads((project / "results/pathways/speed.json").read_text())
+    assert set(speed["ratios"][0]) == {"paths", "class", "shared", "pruned"}
     assert codes.shape == shape == (len(codes), 1024)
     answer = evaluated(project, "--model-uri", "models:/fmce-pathways@champion")
     assert answer["accuracy"] == pytest.approx(facts["test_accuracy"])

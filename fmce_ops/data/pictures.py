@@ -1,15 +1,26 @@
 """Pictures that are no data set: one file, or a folder without labels."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fmce_ops.data.seeds import generator
 from fmce_ops.errors import DataError
 
+GREY = {"1", "L"}  # PIL's modes of 8 bits a channel
+COLOUR = {"RGB", "RGBA", "RGBX", "P", "PA", "LA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
+UNREADABLE = (  # what PIL raises for files that are damaged or no pictures
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -38,14 +49,23 @@ def read_picture(path: Path, size: int, channels: int = 3) -> Tensor:
     Raises
     ------
     DataError
-        The file is no picture.
+        The file is no picture, or has more than 8 bits a channel.
     """
     try:
         with Image.open(path) as opened:
+            refuse_deep(opened.mode, str(path))
             form = "L" if channels == 1 else "RGB"
             picture = ImageOps.fit(opened.convert(form), (size, size))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read as a picture ({error}): give a PNG or JPEG file."
         ) from error
     return torch.from_numpy(np.array(picture).reshape(size, size, channels)).permute(2, 0, 1)
+
+
+def refuse_deep(mode: str, name: str) -> None:
+    """Refuse pixels that PIL would clip to 8 bits a channel."""
+    if mode not in GREY | COLOUR:
+        raise DataError(
+            f"{name} has pixels of the kind {mode!r}: convert it to 8 bits a channel, or remove it."
+        )

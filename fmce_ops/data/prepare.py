@@ -1,7 +1,6 @@
 """Write the images of a data set into one file: uint8, split, with their channel statistics."""
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fmce_ops.data.images import FORMAT, ImagesSummary
+from fmce_ops.data.pictures import GREY, UNREADABLE, refuse_deep
 from fmce_ops.data.sources import Source, Split, open_source
 from fmce_ops.data.splits import Part, plan_splits
 from fmce_ops.errors import DataError
@@ -20,8 +20,6 @@ from fmce_ops.files import atomic
 
 _BLOCK = 64  # images in memory at once
 _VERSIONS = ("v110", "v110")  # of HDF5: the bytes of a file depend on them
-_GREY = {"1", "L"}
-_COLOUR = {"RGB", "RGBA", "RGBX", "P", "PA", "LA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 def prepare(
@@ -96,34 +94,20 @@ def _common_form(source: Source, parts: Mapping[str, Part], image_size: int) -> 
         for index in part.indices.tolist():
             size, image_mode = _header(split, index)
             sizes.add(size)
-            if image_mode not in _GREY:
+            if image_mode not in GREY:
                 mode = "RGB"
     width, height = next(iter(sizes))
     as_they_are = len(sizes) == 1 and width == height <= image_size
     return _Form(mode, width if as_they_are else image_size)
 
 
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
 def _header(split: Split, index: int) -> tuple[tuple[int, int], str]:
     try:
         with split.image(index) as image:
             size, mode = image.size, image.mode
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(split, index) from error
-    if mode not in _GREY | _COLOUR:
-        raise DataError(
-            f"{split.name(index)} has pixels of the kind {mode!r}: "
-            "convert it to 8 bits a channel, or remove it."
-        )
+    refuse_deep(mode, split.name(index))
     return size, mode
 
 
@@ -132,7 +116,7 @@ def _pixels(split: Split, index: int, form: _Form) -> NDArray[np.uint8]:
     try:
         with split.image(index) as image:
             fitted = image.convert(form.mode)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(split, index) from error
     if fitted.size != (form.side, form.side):
         fitted = ImageOps.fit(fitted, (form.side, form.side), Image.Resampling.BILINEAR)

@@ -3,6 +3,7 @@
 from fmce_ops.pathways.costs import Costs, measure_costs
 from fmce_ops.pathways.execution import compact, fixed
 from fmce_ops.pathways.gates import (
+    Controller,
     attach,
     detach,
     forced,
@@ -20,6 +21,7 @@ from fmce_ops.pathways.network import PathAnswer, PathNetwork
 
 __all__ = [
     "PARTS",
+    "Controller",
     "Costs",
     "PathAnswer",
     "PathLoss",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
+from fmce_ops.errors import ModelError
 from fmce_ops.pathways.gates import Controller, Gated, gated_layers, split_code
 
 
@@ -47,7 +48,11 @@ class Narrow(nn.Module):
     def __init__(self, gated: Gated, feeder: "Narrow | None", feeds: bool) -> None:
         super().__init__()
         self.conv = _fused(gated)
-        assert isinstance(gated.controller, Controller)  # gates that never change: see `fixed`
+        if not isinstance(gated.controller, Controller):
+            raise ModelError(
+                "the gates of this network are the same for every image: use fixed in place of "
+                "compact."
+            )
         self.controller = gated.controller
         self.feeds = feeds
         self._feeder = (feeder,)  # in a tuple, so that it is no submodule of this one
@@ -75,10 +80,11 @@ class Narrow(nn.Module):
             x, groups = x[:, open], len(open)
         elif inputs is not None:
             weight = weight[:, inputs]
-        assert isinstance(conv.padding, tuple)
-        return F.conv2d(
-            x, weight, bias[open], conv.stride, conv.padding, conv.dilation, groups=groups
-        )
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = (0, 0)
+        return F.conv2d(x, weight, bias[open], conv.stride, padding, conv.dilation, groups)
 
 
 def compact(network: nn.Module) -> nn.Module:
@@ -90,6 +96,11 @@ def compact(network: nn.Module) -> nn.Module:
     Parameters
     ----------
     network : what `attach` returned.
+
+    Raises
+    ------
+    ModelError
+        Its gates never change, or a norm takes its statistics from the batch.
     """
     narrow = copy.deepcopy(network).eval()
     layers = gated_layers(narrow)
@@ -158,6 +169,11 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
 def _fused(gated: Gated) -> nn.Conv2d:
     """The convolution with its norm folded in, and with a bias."""
     if isinstance(gated.norm, nn.BatchNorm2d):
+        if gated.norm.running_mean is None:
+            raise ModelError(
+                f"the norm behind {gated.site.name} takes its statistics from the batch and cannot "
+                "be folded into the filters: train it with track_running_stats."
+            )
         return fuse_conv_bn_eval(copy.deepcopy(gated.conv).eval(), gated.norm.eval())
     conv = copy.deepcopy(gated.conv)
     if conv.bias is None:

@@ -61,7 +61,7 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, filters)."""
-        return self.gates.expand(len(x), -1)
+        return self.gates.to(x.dtype).expand(len(x), -1)
 
 
 class Mask(nn.Module):
@@ -113,7 +113,9 @@ def attach(model: nn.Module, modules: Sequence[str] | None = None) -> nn.Module:
         conv = network.get_submodule(site.name)
         norm = network.get_submodule(site.norm) if site.norm else None
         assert isinstance(conv, nn.Conv2d)
-        network.set_submodule(site.name, Gated(site, conv, norm).to(conv.weight.device))
+        gated = Gated(site, conv, norm)
+        gated.controller.to(conv.weight)  # its device and its type
+        network.set_submodule(site.name, gated)
         if site.norm:
             network.set_submodule(site.norm, nn.Identity())
     return network.train(model.training)
@@ -208,14 +210,16 @@ def path_codes(network: nn.Module, images: Tensor) -> Tensor:
     Raises
     ------
     ModelError
-        The images do not fit the network.
+        The images do not fit the network, or it has no gates.
     """
+    if not gated_layers(network):
+        raise ModelError(f"a {type(network).__name__} has no gates: give what attach returned.")
     mode = network.training
     network.eval()
     try:
         with recorded(network) as record:
             return torch.cat([_codes(network, record, part) for part in images.split(_BATCH)])
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         raise ModelError(
             f"images of shape {tuple(images.shape)} do not fit the network "
             f"({' '.join(str(error).split())}): give images as it was trained on."

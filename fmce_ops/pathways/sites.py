@@ -1,6 +1,7 @@
 """Where the gates of a network belong: its convolutions, what normalises and what feeds them."""
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Site:
 
 
 def find_sites(network: nn.Module, names: Sequence[str] | None = None) -> list[Site]:
-    """The convolutions in the order in which they run, without those on a shortcut.
+    """The convolutions in the order in which they run, once each, without those on a shortcut.
 
     Parameters
     ----------
@@ -45,16 +46,19 @@ def find_sites(network: nn.Module, names: Sequence[str] | None = None) -> list[S
     Raises
     ------
     ModelError
-        The network cannot be traced, has no such convolution or none at all.
+        The network cannot be traced, has no such convolution or none at all, or runs it twice.
     """
     graph = _traced(network)
+    shared = _shared(network, graph)
     found: dict[fx.Node, Site] = {}
     for node in graph.nodes:
-        if not _wanted(network, node, names):
+        if not _wanted(network, node, names) or node.target in shared:
             continue
-        site = Site(str(node.target), _norm(network, node), _feeder(network, node, found))
+        norm = _norm(network, node)
+        norm = None if norm in shared else norm
+        site = Site(str(node.target), norm, _feeder(network, node, found))
         found[_end(node, site)] = site
-    _refuse_missing(network, [site.name for site in found.values()], names)
+    _refuse_missing(network, [site.name for site in found.values()], shared, names)
     return list(found.values())
 
 
@@ -66,6 +70,17 @@ def _traced(network: nn.Module) -> fx.Graph:
             f"a {type(network).__name__} cannot be traced ({' '.join(str(error).split())}): "
             "give a network whose forward does not depend on the values of its input."
         ) from error
+
+
+def _shared(network: nn.Module, graph: fx.Graph) -> set[str]:
+    """Modules that run more than once, or go by several names: no other can take their place."""
+    runs = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    names = Counter(id(part) for _, part in network.named_modules(remove_duplicate=False))
+    return {
+        name
+        for name, count in runs.items()
+        if count > 1 or names[id(network.get_submodule(name))] > 1
+    }
 
 
 def _module(network: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -107,13 +122,22 @@ def _keeps_zero(network: nn.Module, node: fx.Node) -> bool:
     return isinstance(_module(network, node), _KEEPS_ZERO)
 
 
-def _refuse_missing(network: nn.Module, found: list[str], names: Sequence[str] | None) -> None:
+def _refuse_missing(
+    network: nn.Module, found: list[str], shared: set[str], names: Sequence[str] | None
+) -> None:
+    if names is not None and not names:
+        raise ModelError("no convolution is named: name some, or give None for all of them.")
     if not found and names is None:
         raise ModelError(
             f"a {type(network).__name__} has no convolution that could get gates: "
             "give a convolutional network."
         )
     for name in names or ():
+        if name in shared:
+            raise ModelError(
+                f"the convolution {name!r} is used more than once, and gates are for one use: "
+                "name others."
+            )
         if name not in found:
             known = [site.name for site in find_sites(network)]
             near = difflib.get_close_matches(name, known, n=3, cutoff=0) or known[:3]

@@ -10,11 +10,14 @@ from torch import Tensor
 from fmce_ops.files import atomic
 
 
-def write_codes(path: Path, codes: dict[str, Tensor], labels: Tensor) -> None:
+def write_codes(
+    path: Path, codes: dict[str, Tensor], labels: Tensor, profiles: dict[str, Tensor]
+) -> None:
     """Write, for each gated convolution, the gates (N, filters) of N images; and their labels.
 
     Gates are packed, eight to a byte, along the filters; the attribute ``filters`` says how many
-    there are. ``numpy.unpackbits(..., axis=1, count=filters)`` brings them back.
+    there are. ``numpy.unpackbits(..., axis=1, count=filters)`` brings them back. ``profiles`` are
+    the shares (K, filters) of each class's images that open a filter, kept as they are.
 
     Raises
     ------
@@ -29,5 +32,8 @@ def write_codes(path: Path, codes: dict[str, Tensor], labels: Tensor) -> None:
             packed = np.packbits(part.numpy(), axis=1)
             written = gates.create_dataset(name, data=packed, track_times=False)
             written.attrs["filters"] = part.shape[1]
+        shares = file.create_group("profiles")
+        for name, part in profiles.items():
+            shares.create_dataset(name, data=part.numpy(), track_times=False)
     with atomic(path) as temporary:
         temporary.write_bytes(whole.getbuffer())

@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Modules = Annotated[tuple[str, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 RunName = Annotated[str, Field(pattern="^[A-Za-z0-9_]+$")]  # part of the name of a stage
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
@@ -108,7 +109,7 @@ class FmceParams(Section):
 class PosttrainParams(Section):
     """Post-training of single modules (arXiv 2506.07188)."""
 
-    modules: tuple[str, ...] | None = None  # names or first..last; null: the last before the head
+    modules: Modules | None = None  # names or first..last; null: the last before the head
     mode: Literal["mixed", "local"] = "mixed"  # local: the targets alone, no cross-entropy
     margin: Weight = 1.0  # of the corrected logits
     pull: Fraction = 0.0  # of the corrected logits towards the mean of their class
@@ -124,7 +125,7 @@ class PosttrainParams(Section):
 class PathwaysParams(Section):
     """Gates on the filters (arXiv 1906.01166)."""
 
-    modules: tuple[str, ...] | None = None  # convolutions; null: all but those on shortcuts
+    modules: Modules | None = None  # convolutions; null: all but those on shortcuts
     ratios: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.5,)  # R, of open gates
     information: Weight = 0.01
     alignment: Weight = 1.0

@@ -22,6 +22,7 @@ from fmce_ops.pathways import (
     PathNetwork,
     compact,
     fixed,
+    most_open,
     path_codes,
     profiles,
     similarity,
@@ -99,8 +100,8 @@ def _publish(study: Study, outcomes: list[Outcome]) -> None:
     ]
     network = chosen.paths.network
     detection = study.detection(network)
-    network.cpu()
     told = _interpret(study, network)
+    network.cpu()
     summary = {
         **_tradeoff(dense, outcomes, chosen),
         "auc": {
@@ -115,7 +116,12 @@ def _publish(study: Study, outcomes: list[Outcome]) -> None:
     write_json(METRICS, summary)
     write_json(SPEED, speed)
     write_table(TABLE, _rows(outcomes))
-    write_codes(PATHS, split_code(network, told.codes), told.labels)
+    write_codes(
+        PATHS,
+        split_code(network, told.codes),
+        told.labels,
+        split_code(network, told.profiles),
+    )
     stage.figure(tradeoff_figure(summary, speed), "tradeoff.png")
     stage.figure(similarity_figure(told.alike, names), "similarity.png")
     stage.figure(profiles_figure(split_code(network, told.profiles), names), "filters.png")
@@ -176,8 +182,10 @@ def _tradeoff(dense: Judged, outcomes: Sequence[Outcome], chosen: Outcome) -> di
 def _learnt(study: Study, network: nn.Module) -> tuple[Tensor, Tensor]:
     """Codes and labels of training images."""
     pixels, labels = study.images.read("train", 0, study.images.counts["train"])
-    parts = [path_codes(network, study.pixels.input(part)) for part in pixels.split(_READ)]
-    return torch.cat(parts), labels
+    device = study.fabric.device
+    parts = pixels.split(_READ)
+    codes = [path_codes(network, study.pixels.input(part.to(device))).cpu() for part in parts]
+    return torch.cat(codes), labels
 
 
 def _record(found: Judged) -> dict[str, float]:
@@ -213,10 +221,14 @@ def _finite(value: float) -> float | None:
 
 
 def _speed(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Milliseconds of an image, alone and in a batch; every network as it is best run."""
+    """Milliseconds of an image, alone and in a batch; every network as it is best run.
+
+    Paths are timed on a batch that is sorted by label, so that its paths are as alike as can be.
+    """
     pixels, labels = study.images.read("test", 0, min(_TIMED, study.images.counts["test"]))
-    inputs = study.pixels.input(pixels)
-    alike = inputs[labels.argsort(stable=True)][:_BATCH]  # images of like paths together
+    inputs, order = study.pixels.input(pixels), labels.argsort(stable=True)
+    alike, first = inputs[order][:_BATCH], labels[order[0]]
+    of_first = study.images.load("val")[1] == first
     everything = torch.ones(outcomes[0].codes.shape[1], dtype=torch.bool)
 
     def timed(network: nn.Module, batch: Tensor = inputs[:_BATCH]) -> dict[str, float]:
@@ -227,6 +239,9 @@ def _speed(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         found["ratios"].append(
             {
                 "paths": timed(compact(outcome.paths.network), alike),
+                "class": timed(
+                    fixed(outcome.paths.network, most_open(outcome.codes[of_first])), alike
+                ),
                 "shared": timed(fixed(outcome.paths.network, outcome.common)),
                 "pruned": timed(fixed(outcome.pruned.network, outcome.kept)),
             }

@@ -21,6 +21,7 @@ from fmce_ops.data import TrainBatches, derive_seed
 from fmce_ops.errors import TrainingError
 from fmce_ops.pathways import (
     PARTS,
+    Controller,
     Costs,
     PathLoss,
     Weights,
@@ -81,7 +82,7 @@ class PathEpoch:
     ----------
     parts : of the training loss, without their weights.
     open : share of open gates of each layer on validation.
-    multiply_adds : mean over validation images, controllers included.
+    multiply_adds : mean over validation images, with their controllers where gates can change.
     """
 
     epoch: int
@@ -278,11 +279,16 @@ def _judged(
         loss,
         accuracy,
         shares,
-        float(costs.multiply_adds(codes).double().mean()),
+        float(costs.multiply_adds(codes, controllers=_chooses(network)).double().mean()),
         plan.lr * plan.decay(epoch - 1),
         trained.images_per_second,
         time.time_ns() // 1_000_000,
     )
+
+
+def _chooses(network: nn.Module) -> bool:
+    """Whether its gates depend on the image."""
+    return any(isinstance(g.controller, Controller) for g in gated_layers(network).values())
 
 
 @torch.inference_mode()
