@@ -124,7 +124,7 @@ class Setting:
 
 SCALES = {
     "paper": Setting(224, None, None, 1, 256, 1e-3, None, False, "paper", 10, 256, "32-true", 0),
-    "cpu": Setting(64, 2000, 24, 2, 64, 5e-4, 5e-3, True, "ema", 10, 64, "32-true", 0),
+    "cpu": Setting(64, 2000, 24, 2, 64, 5e-4, None, False, "ema", 10, 64, "32-true", 0),
 }
 
 
