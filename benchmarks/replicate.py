@@ -48,7 +48,7 @@ from fmce_ops.training.classifier import (
     point_file,
     train_classifier,
 )
-from fmce_ops.training.devices import Precision, launch
+from fmce_ops.training.devices import Precision, launch, load
 from fmce_ops.training.features import Extraction, extract
 from fmce_ops.training.fmce import FmcePlan, best_epoch, judge, train_fmce
 from fmce_ops.training.losses import Point
@@ -236,24 +236,23 @@ def make_images(work: Work, data: Path) -> None:
 
 def train(work: Work, images: Images) -> tuple[list[Point], float]:
     """The original task: its loss curve, and the accuracy of its last weights on test images."""
-    setting, device = work.setting, work.fabric.device
+    setting = work.setting
     network = work.network(len(images.classes))
     done = work.folder / "trained.json"
     if not done.exists():
         if work.compile:
             network.compile()
         seen = {"size": setting.size, "mean": images.mean, "std": images.std}
-        pixels, labels = (part.to(device) for part in images.load("train"))
         flip = work.cell.dataset != "mnist"
         batches = TrainBatches(
-            *(pixels, labels),
+            *load(work.fabric, images, "train"),
             batch_size=setting.batch_size,
             augment=Augment(pad=setting.size // 8, flip=flip),
             seed=setting.seed,
             **seen,
         )
-        held_out = Validation(*(part.to(device) for part in images.load("val")), **seen)
-        tested = Validation(*(part.to(device) for part in images.load("test")), **seen)
+        held_out = Validation(*load(work.fabric, images, "val"), **seen)
+        tested = Validation(*load(work.fabric, images, "test"), **seen)
         plan = Plan(
             *(work.epochs, setting.points_per_epoch, "adam"),
             *(setting.lr, 0.0, "cosine", setting.seed),
@@ -264,7 +263,7 @@ def train(work: Work, images: Images) -> tuple[list[Point], float]:
                 *(work.fabric, network, batches, held_out, plan, where), work.reporter
             )
         load_into(network, point_file(where, len(history)))
-        top1 = evaluate(work.fabric, network.to(device), tested)[1]
+        top1 = evaluate(work.fabric, network.to(work.fabric.device), tested)[1]
         write_json(done, {"history": [asdict(point) for point in history], "top1": top1})
     known = json.loads(done.read_text())
     return [Point(**row) for row in known["history"]], known["top1"]

@@ -114,7 +114,8 @@ class TrainBatches:
     Parameters
     ----------
     images, labels
-        uint8 (n, c, s, s) and int64 (n,), on one device; the batches are made there.
+        uint8 (n, c, s, s) and int64 (n,). Batches are made where the labels are; images that do
+        not fit there may lie elsewhere, mapped from the disk for example.
     batch_size
         Images of a step over all processes together. The images that do not fill a last batch
         are left out of the epoch; each epoch leaves out others. Data smaller than a batch makes
@@ -159,11 +160,12 @@ class TrainBatches:
         """This process's images float32 (b, 3, size, size), channels last, and labels (b,)."""
         order = _recent_order(len(self._labels), self._seed, epoch)
         chosen = order[step * self._global : (step + 1) * self._global][self._mine]
-        chosen = chosen.to(self._images.device)
+        images = self._images[chosen.to(self._images.device)].to(self._labels.device)
         draws = _draw(self._global, self._augment, generator(self._seed, epoch, step))
-        resized = _resize(self._images[chosen], self._size)
+        resized = _resize(images, self._size)
         changed = _apply(resized, self._augment.pad, draws[self._mine])
-        return _normalise(changed, self._mean, self._std, True), self._labels[chosen]
+        labels = self._labels[chosen.to(self._labels.device)]
+        return _normalise(changed, self._mean, self._std, True), labels
 
 
 @lru_cache(maxsize=1)

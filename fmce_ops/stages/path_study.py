@@ -23,6 +23,7 @@ from fmce_ops.stages.params import Params
 from fmce_ops.stages.stage import Stage
 from fmce_ops.training.adversarial import ATTACKS, Attack, Detection, Pixels, study_detection
 from fmce_ops.training.classifier import Validation
+from fmce_ops.training.devices import load
 from fmce_ops.training.pathways import PathEpoch, PathPlan, judge_paths, train_paths
 
 _PLAN = {"epochs", "optimizer", "lr", "gate_lr", "weight_decay", "schedule", "seed"}
@@ -95,9 +96,9 @@ class Study:
 
     def split(self, name: str, count: int | None = None) -> Validation:
         """A split to judge on, or its first ``count`` images."""
-        pixels, labels = (part[:count] for part in self.images.load(name))
-        form, device = self.pixels, self.fabric.device
-        return Validation(pixels.to(device), labels.to(device), form.size, form.mean, form.std)
+        form = self.pixels
+        near = load(self.fabric, self.images, name, count)
+        return Validation(*near, form.size, form.mean, form.std)
 
     def outcome(self, ratio: float) -> Outcome:
         """Train the gates for a ratio, and the control beside them; judge both."""
@@ -144,10 +145,8 @@ class Study:
 
     def _batches(self) -> TrainBatches:
         settings, form = self.params.pathways, self.pixels
-        images, labels = self.images.load("train")
         return TrainBatches(
-            images.to(self.fabric.device),
-            labels.to(self.fabric.device),
+            *load(self.fabric, self.images, "train"),
             batch_size=settings.batch_size,
             size=form.size,
             mean=form.mean,

@@ -16,7 +16,7 @@ from fmce_ops.training.classifier import (
     point_file,
     train_classifier,
 )
-from fmce_ops.training.devices import launch
+from fmce_ops.training.devices import launch, load
 from fmce_ops.training.losses import Point, write_losses
 from fmce_ops.training.reporter import Reporter
 
@@ -59,10 +59,8 @@ def training_plan(params: Params) -> Plan:
 
 def training_batches(fabric: Fabric, images: Images, params: Params) -> TrainBatches:
     """The training images of ``params``, this process's share, on its device."""
-    pixels, labels = images.load("train")
     return TrainBatches(
-        pixels.to(fabric.device),
-        labels.to(fabric.device),
+        *load(fabric, images, "train"),
         batch_size=params.train.batch_size,
         size=params.data.image_size,
         mean=images.mean,
@@ -76,11 +74,8 @@ def training_batches(fabric: Fabric, images: Images, params: Params) -> TrainBat
 
 def validation(fabric: Fabric, images: Images, params: Params) -> Validation:
     """The validation images of ``params``, on the device."""
-    pixels, labels = images.load("val")
     size = params.data.image_size
-    return Validation(
-        pixels.to(fabric.device), labels.to(fabric.device), size, images.mean, images.std
-    )
+    return Validation(*load(fabric, images, "val"), size, images.mean, images.std)
 
 
 def _publish(history: list[Point], folder: Path) -> None:

@@ -70,7 +70,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class Validation:
-    """Images and labels that no step learns from, on the device of the network."""
+    """Images and labels that no step learns from; the labels are on the network's device."""
 
     images: Tensor  # uint8 (n, c, s, s)
     labels: Tensor  # int64 (n,)
@@ -82,7 +82,8 @@ class Validation:
         """Inputs of the network and labels."""
         parts = zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
         for images, labels in parts:
-            yield to_input(images, size=self.size, mean=self.mean, std=self.std), labels
+            near = images.to(labels.device)
+            yield to_input(near, size=self.size, mean=self.mean, std=self.std), labels
 
 
 def train_classifier(

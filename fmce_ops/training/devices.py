@@ -8,6 +8,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from fmce_ops.data import Images
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -24,6 +26,23 @@ def launch(precision: Precision = "32-true") -> Fabric:
     if not several:  # 'fabric run' has launched its processes, and Fabric refuses a second time
         fabric.launch()
     return fabric
+
+
+def load(
+    fabric: Fabric, images: Images, split: str, count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images and labels of a split, or its first ``count``, on the device.
+
+    Images that would fill more than half of a GPU's free memory stay mapped from the disk.
+    """
+    pixels, labels = (part[:count] for part in images.load(split))
+    if _fits(fabric.device, pixels):
+        pixels = pixels.to(fabric.device)
+    return pixels, labels.to(fabric.device)
+
+
+def _fits(device: torch.device, values: Tensor) -> bool:
+    return device.type != "cuda" or values.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
 
 
 def total(fabric: Fabric, mine: Tensor) -> Tensor:
