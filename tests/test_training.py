@@ -32,7 +32,7 @@ from fmce_ops.training.classifier import (
     train_classifier,
 )
 from fmce_ops.training.devices import launch
-from fmce_ops.training.features import Extraction, extract
+from fmce_ops.training.features import Extraction, _appending, extract
 from fmce_ops.training.fmce import Epoch, FmcePlan, best_epoch, judge, train_fmce
 from fmce_ops.training.losses import Point, read_losses, write_losses
 from hypothesis import given
@@ -775,3 +775,25 @@ def test_two_processes_train_fmce_net_as_one_would_with_the_batches_of_both(one_
 
 if __name__ == "__main__":
     globals()[f"task_{sys.argv[1]}"](Path(sys.argv[2]))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_maps_are_written_in_order_whether_beside_the_next_or_not(
+    tmp_path: Path, device: str
+) -> None:
+    maps = torch.rand(6, 2, 1, 1)
+    writer = ShardWriter(tmp_path, phase=1, part=0, start=0, count=6, shape=(2, 1, 1))
+    with writer, _appending(writer, torch.device(device)) as append:
+        for start in (0, 2, 4):
+            rows = np.arange(start, start + 2)
+            append(maps[start : start + 2], rows, rows)
+    Manifest("float16", None, (2, 1, 1), 1, 6, (writer.close(),)).save(tmp_path)
+    with ShardStore.open(tmp_path) as store:
+        assert np.array_equal(store.batch(1, np.arange(6)), maps.half().numpy())
+    with (
+        pytest.raises(ShardError, match="was promised 2 maps"),
+        ShardWriter(tmp_path, phase=2, part=0, start=0, count=2, shape=(2, 1, 1)) as writer,
+        _appending(writer, torch.device(device)) as append,
+    ):
+        append(maps[:4], np.arange(4), np.arange(4))
+    assert [path.name for path in tmp_path.glob("*phase-02*")] == []

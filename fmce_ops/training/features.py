@@ -1,8 +1,9 @@
 """FMCS data: the feature maps that the backbone makes of the training images at every phase."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,37 @@ def _write(
     settings: Extraction,
     folder: Path,
 ) -> Shard:
-    """The next maps are made while the last ones go to the disk."""
     begin, end = first + part.start, first + part.start + part.count
-    written: Future[None] | None = None
-    with ShardWriter(folder, **_layout(part, settings)) as writer, ThreadPoolExecutor(1) as disk:
+    writer = ShardWriter(folder, **_layout(part, settings))
+    with writer, _appending(writer, fabric.device) as append:
         for start in range(begin, end, settings.batch_size):
             pixels, labels = images.read("train", start, min(start + settings.batch_size, end))
             maps = _maps(fabric, classifier, pixels, images, settings)
-            index = torch.arange(start, start + len(labels)).numpy()
-            if written:
-                written.result()
-            written = disk.submit(writer.append, maps, index, labels.numpy())
+            append(maps, torch.arange(start, start + len(labels)).numpy(), labels.numpy())
+    return writer.close()
+
+
+@contextmanager
+def _appending(writer: ShardWriter, device: torch.device) -> Iterator[Callable[..., None]]:
+    """On a GPU the next maps are made while the last ones go to the disk.
+
+    On a CPU making and writing would take the cores from each other, and both would take longer.
+    """
+    if device.type != "cuda":
+        yield writer.append
+        return
+    written: Future[None] | None = None
+
+    def append(*maps: Any) -> None:
+        nonlocal written
         if written:
             written.result()
-    return writer.close()
+        written = disk.submit(writer.append, *maps)
+
+    with ThreadPoolExecutor(1) as disk:
+        yield append
+        if written:
+            written.result()
 
 
 @torch.inference_mode()
