@@ -263,6 +263,7 @@ def _refuse_coinciding(points: tuple[int, ...], start: int) -> None:
     if meeting:
         pairs = ", ".join(f"{a} and {b}" for a, b in meeting)
         raise MarkerError(
-            f"phases {pairs} fall on the same point, and equal weights cannot be told apart: "
-            "record more points per epoch, lower the learning rate, or ask for fewer phases."
+            f"phases {pairs} fall on the same point (the loss is judged from point {start} to "
+            f"{points[-1]}), and equal weights cannot be told apart: record more points per epoch, "
+            "lower the learning rate, or ask for fewer phases."
         )

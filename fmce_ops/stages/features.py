@@ -34,7 +34,7 @@ GRADCAM_IMAGES = 5
 
 def run(params: Params, progress: Reporter | None = None) -> None:
     """Write ``data/fmcs/``, ``results/features.json`` and the Grad-CAM grid."""
-    fabric = launch()
+    fabric = launch(params.train.precision)
     with (
         open_stage(
             "features",
