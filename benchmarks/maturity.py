@@ -25,7 +25,16 @@ import torch.nn.functional as F
 from fmce_ops.convergence import epoch_markers, maturity, smooth
 from fmce_ops.data import Augment, Images, TrainBatches, prepare, to_input
 from fmce_ops.figures import save_figure
-from fmce_ops.maturity import DEPTHS, READ, SIZES, Judge, Score, find_modules, module_maps
+from fmce_ops.maturity import (
+    DEPTHS,
+    READ,
+    SIZES,
+    Judge,
+    Score,
+    find_modules,
+    module_maps,
+    untrained,
+)
 from fmce_ops.maturity.judge import SHIPPED
 from fmce_ops.maturity_figures import left_out_figure
 from fmce_ops.models import Classifier, FmceNet, build, functional_modules, load_into, save_weights
@@ -474,6 +483,29 @@ def named_frozen(found: dict[str, LeftOut], runs: Sequence[Read]) -> tuple[int, 
     return sum(hits), len(hits)
 
 
+def named_by_weights(folder: Path, raw: Path, specs: Sequence[Spec]) -> str:
+    """What the weights say at the end of each run, beside those of a fresh network."""
+    hits, frozen, wrong, others = 0, 0, 0, 0
+    for spec in specs:
+        inputs, _, classes = inputs_of(spec, folder, raw)
+        network = build_network(spec, classes)
+        manifest = json.loads((folder / "stores" / spec.name / "manifest.json").read_text())
+        points = manifest["provenance"]["points"]
+        load_into(network, point_file(folder / "runs16" / spec.name, points[-1]))
+        fresh = build_network(replace(spec, seed=10**6), classes)
+        modules = find_modules(network.eval(), inputs)
+        found = untrained(network, fresh, modules)
+        if spec.frozen:
+            frozen += 1
+            hits += [name.split(".")[-1] for name in found] == [spec.frozen]
+        else:
+            others += 1
+            wrong += bool(found)
+    return f"""By its weights, beside those of a fresh network (`fmce_ops.maturity.untrained`), \
+the frozen module and no other is at its random start in {hits} of {frozen} runs; in {wrong} of \
+the {others} runs without a frozen module some module is said to be."""
+
+
 def draw(folder: Path, runs: Sequence[Read]) -> None:
     """The last modules of the runs of one seed, each by a judge that never saw that seed."""
     chosen = [r for r in runs if r.spec.fine and r.spec.seed == 1]
@@ -511,6 +543,7 @@ def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
                 )
     table = "\n".join(rows)
     fine = sum(r.spec.fine for r in runs)
+    by_weights = named_by_weights(folder, raw, [r.spec for r in runs])
     return f"""# Maturity of runs left out
 
 `python benchmarks/maturity.py FOLDER --raw DATA --write`; {len(runs)} runs, {fine} of them fine, \
@@ -524,8 +557,8 @@ NC1 and the loss need labels, CKA the final weights.
 |---|---|---|---|---|---|---|---|---|
 {table}
 
-The module that was frozen at its random start is the one that the table of its network names, at \
-the end of training: {named} runs.
+By its score alone the module that was frozen at its random start is the least mature of its \
+network, at the end of training, in {named} runs. {by_weights}
 """
 
 

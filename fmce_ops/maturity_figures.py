@@ -1,6 +1,6 @@
 """The pictures of maturity: judges beside the truth, and the modules of a network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib as mpl
 
@@ -41,7 +41,9 @@ def left_out_figure(runs: Mapping[str, Sequence[tuple[float, Score]]], title: st
     return figure
 
 
-def scores_figure(scores: Mapping[str, Score], chosen: str, title: str) -> Figure:
+def scores_figure(
+    scores: Mapping[str, Score], untrained: Collection[str], chosen: str, title: str
+) -> Figure:
     """A bar for each module with its interval; the module to train next stands out."""
     figure, axis = plt.subplots(figsize=(7, 1.2 + 0.35 * len(scores)), layout="constrained")
     names = list(scores)
@@ -51,7 +53,8 @@ def scores_figure(scores: Mapping[str, Score], chosen: str, title: str) -> Figur
     axis.barh(places, values[:, 0], color=colours, height=0.6)
     reach = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]).clip(0)
     axis.errorbar(values[:, 0], places, xerr=reach, fmt="none", ecolor="#333333", capsize=3)
-    axis.set_yticks(places, names)
+    labels = [f"{name}\nat its random start" if name in untrained else name for name in names]
+    axis.set_yticks(places, labels)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="maturity", title=title)
     axis.grid(alpha=0.25, axis="x")

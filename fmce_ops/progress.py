@@ -174,6 +174,8 @@ def show_scores(found: "Scored") -> None:
         table.add_column(heading, justify="left" if heading in ("module", "") else "right")
     for name, score in found.modules.items():
         interval = f"{score.low:.2f} to {score.high:.2f}"
-        table.add_row(escape(name), f"{score.value:.2f}", interval, "█" * round(20 * score.value))
+        at_start = name in found.untrained
+        shown = "at its random start" if at_start else "█" * round(20 * score.value)
+        table.add_row(escape(name), f"{score.value:.2f}", interval, shown)
     console.print(table)
     console.print(f"train next: {found.next}", markup=False, highlight=False)

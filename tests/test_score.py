@@ -85,6 +85,7 @@ def test_any_network_is_scored_from_its_weights_and_a_folder_of_pictures(
     asked = Asked(network=NETWORK, classes=7, weights=weights, data=pictures, size=32)
     found = score_network(asked, Path("params.yaml"))
     assert list(found.modules) == MODULES and found.images == 20
+    assert found.untrained == MODULES
     one = score_network(replace(asked, modules=("stage3",)), Path("params.yaml"))
     (only,) = one.modules.items()
     assert only[0] == "stage3"

@@ -18,6 +18,7 @@ from fmce_ops.maturity.judge import (
 )
 from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
 from fmce_ops.maturity.scoring import next_to_train, score
+from fmce_ops.maturity.start import untrained
 
 __all__ = [
     "COVERAGE",
@@ -42,4 +43,5 @@ __all__ = [
     "module_maps",
     "next_to_train",
     "score",
+    "untrained",
 ]

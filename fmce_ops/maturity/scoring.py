@@ -1,6 +1,6 @@
 """Score the modules of a network from images alone: no labels, no loss, no head."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,13 @@ def _read(
     return beside(torch.stack([known[module] for module in found]), modules)
 
 
-def next_to_train(scores: dict[str, Score]) -> str:
-    """The module that is least mature; the first of several that are equally so."""
-    return min(scores, key=lambda name: scores[name].value)
+def next_to_train(scores: dict[str, Score], untrained: Collection[str] = ()) -> str:
+    """The module that is least mature; the first of several that are equally so.
+
+    Where modules are known to be untrained, it is one of them.
+    """
+    candidates = [name for name in scores if name in untrained] or list(scores)
+    return min(candidates, key=lambda name: scores[name].value)
 
 
 def _place(name: str, every: Sequence[FunctionalModule]) -> int:

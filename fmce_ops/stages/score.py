@@ -1,5 +1,6 @@
 """Score the modules of a network that anybody trained, or that is being trained."""
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from fmce_ops.data import Images, generator, read_pictures, to_input
 from fmce_ops.errors import DataError, ModelError
-from fmce_ops.maturity import Judge, Score, load_judge, next_to_train, score
+from fmce_ops.maturity import (
+    Judge,
+    Score,
+    find_modules,
+    load_judge,
+    next_to_train,
+    score,
+    untrained,
+)
 from fmce_ops.maturity_figures import scores_figure
 from fmce_ops.models import load_checkpoint, make_network
 from fmce_ops.stages.evaluate import refuse_unknown_code
@@ -58,11 +67,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Scored:
-    """The modules of a network, first to last, and the one to train next."""
+    """The modules of a network, first to last, and the one to train next.
+
+    Attributes
+    ----------
+    untrained : modules whose weights cannot be told from those of a fresh network.
+    """
 
     network: str
     images: int
     modules: dict[str, Score]
+    untrained: list[str]
     next: str
 
     def as_json(self) -> dict[str, Any]:
@@ -80,11 +95,11 @@ def score_network(asked: Asked, params_file: Path) -> Scored:
     DataError
         The images are missing or cannot be read.
     """
-    judge, (network, inputs) = _judge(asked), _subject(asked, params_file)
+    judge, subject = _judge(asked), _subject(asked, params_file)
     if asked.weights is not None:
-        load_checkpoint(network, asked.weights)
+        load_checkpoint(subject.network, asked.weights)
     name = str(asked.weights or asked.model_uri or asked.network)
-    found = _scored(name, network, inputs, asked, judge)
+    found = _scored(name, subject, asked, judge)
     with _recorded(asked, name) as run:
         _record(run, found, 1)
     return found
@@ -103,21 +118,21 @@ def watch_folder(
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: give the one that the checkpoints appear in.")
-    judge, (network, inputs) = _judge(asked), _subject(asked, params_file)
+    judge, subject = _judge(asked), _subject(asked, params_file)
     seen: dict[Path, int] = {}
     step = 0
     with _recorded(asked, str(folder)) as run:
         while count is None or step < count:
             for file in _new_files(folder, seen):
                 try:
-                    load_checkpoint(network, file)
+                    load_checkpoint(subject.network, file)
                 except ModelError:
                     if time.time_ns() - seen[file] > 10 * _POLL * 1e9:
                         raise  # it has had the time to be written
                     del seen[file]
                     continue
                 step += 1
-                found = _scored(str(file), network, inputs, asked, judge)
+                found = _scored(str(file), subject, asked, judge)
                 _record(run, found, step)
                 yield found
                 if step == count:
@@ -142,8 +157,17 @@ def _judge(asked: Asked) -> Judge:
     return judge
 
 
-def _subject(asked: Asked, params_file: Path) -> tuple[nn.Module, Tensor]:
-    """The network, and the images as it takes them."""
+@dataclass(frozen=True)
+class _Subject:
+    """The network, one of the same architecture with random weights, and images for it."""
+
+    network: nn.Module
+    fresh: nn.Module
+    inputs: Tensor
+
+
+def _subject(asked: Asked, params_file: Path) -> _Subject:
+    torch.manual_seed(0)
     if asked.model_uri is not None:
         folder = model_folder(asked.model_uri)
         refuse_unknown_code(folder, params_file)
@@ -153,7 +177,7 @@ def _subject(asked: Asked, params_file: Path) -> tuple[nn.Module, Tensor]:
                 f"{asked.model_uri} is a {described.kind}: give a network that takes images."
             )
         pixels, _, _ = _pixels(asked, described.spec["image_size"])
-        return network, described.prepare(pixels)
+        return _Subject(network, described.build(), described.prepare(pixels))
     if asked.network is not None:
         network = make_network(asked.network, asked.classes)
         size = asked.size or 224
@@ -163,7 +187,8 @@ def _subject(asked: Asked, params_file: Path) -> tuple[nn.Module, Tensor]:
             network = build_classifier(params, len(images.classes))
         size = asked.size or params.data.image_size
     pixels, mean, std = _pixels(asked, size)
-    return network, to_input(pixels, size=size, mean=mean, std=std)
+    inputs = to_input(pixels, size=size, mean=mean, std=std)
+    return _Subject(network, copy.deepcopy(network), inputs)
 
 
 def _pixels(asked: Asked, size: int) -> tuple[Tensor, Sequence[float], Sequence[float]]:
@@ -179,9 +204,11 @@ def _pixels(asked: Asked, size: int) -> tuple[Tensor, Sequence[float], Sequence[
         return pixels[order], images.mean, images.std
 
 
-def _scored(name: str, network: nn.Module, inputs: Tensor, asked: Asked, judge: Judge) -> Scored:
-    found = score(network.eval(), inputs, asked.modules, judge=judge)
-    return Scored(name, len(inputs), found, next_to_train(found))
+def _scored(name: str, subject: _Subject, asked: Asked, judge: Judge) -> Scored:
+    network, inputs = subject.network.eval(), subject.inputs
+    found = score(network, inputs, asked.modules, judge=judge)
+    at_start = untrained(network, subject.fresh, find_modules(network, inputs, asked.modules))
+    return Scored(name, len(inputs), found, at_start, next_to_train(found, at_start))
 
 
 @contextmanager
@@ -195,5 +222,5 @@ def _recorded(asked: Asked, name: str) -> Iterator[Run]:
 def _record(run: Run, found: Scored, step: int) -> None:
     values = named(found.modules)
     run.row(Row(step, values, now()))
-    figure = scores_figure(found.modules, found.next, found.network)
+    figure = scores_figure(found.modules, found.untrained, found.next, found.network)
     run.figure(figure, f"maturity-{step:04d}.png")

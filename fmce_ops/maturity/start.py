@@ -1,0 +1,63 @@
+"""Is a module still at its random start? Its weights tell, beside those of a fresh network."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from scipy.stats import ks_2samp
+from torch import Tensor, nn
+
+from fmce_ops.errors import ModelError
+from fmce_ops.maturity.modules import FunctionalModule
+
+_DOUBT = 1e-3  # how likely a module at its start is taken for a trained one
+
+
+def untrained(
+    network: nn.Module, fresh: nn.Module, modules: Sequence[FunctionalModule]
+) -> list[str]:
+    """The modules whose weights cannot be told from those of a fresh network.
+
+    A tensor that is constant at the start, as the scale and shift of a norm, must still be the very
+    same. One that is drawn at random must look drawn from the same distribution (Kolmogorov and
+    Smirnov's test of two samples, at a level of 1e-3 for the module).
+
+    Parameters
+    ----------
+    fresh : the same architecture with random weights, whatever their seed.
+
+    Returns
+    -------
+    Names of modules; one without weights is never among them.
+
+    Raises
+    ------
+    ModelError
+        ``fresh`` has other weights than ``network``.
+    """
+    given, start = dict(network.named_parameters()), dict(fresh.named_parameters())
+    if {n: p.shape for n, p in given.items()} != {n: p.shape for n, p in start.items()}:
+        raise ModelError("the fresh network has other weights: give one of the same architecture.")
+    found = []
+    for module in modules:
+        names = list(_weights(network, module))
+        level = _DOUBT / max(1, len(names))
+        if names and all(_alike(given[name], start[name], level) for name in names):
+            found.append(module.name)
+    return found
+
+
+def _weights(network: nn.Module, module: FunctionalModule) -> Iterator[str]:
+    """Names of the parameters from the module to its end."""
+    order = [name for name, _ in network.named_modules() if name]
+    between = order[order.index(module.name) : order.index(module.end) + 1]
+    for name, _ in network.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner in between or owner.startswith((f"{module.name}.", f"{module.end}.")):
+            yield name
+
+
+def _alike(given: Tensor, start: Tensor, level: float) -> bool:
+    if (start == start.flatten()[0]).all():
+        return torch.equal(given.cpu(), start.cpu())
+    values = (part.detach().flatten().float().cpu().numpy() for part in (given, start))
+    return float(ks_2samp(*values, method="asymp").pvalue) > level

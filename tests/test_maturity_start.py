@@ -1,0 +1,86 @@
+"""A module at its random start is known by its weights, and only such a module."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fmce_ops.errors import ModelError
+from fmce_ops.maturity import Score, find_modules, next_to_train, untrained
+from fmce_ops.models import build
+from torch import nn
+from torchvision import models
+
+
+def images(n: int = 8) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def network(seed: int, name: str = "shufflenet_v2_x0_5") -> nn.Module:
+    torch.manual_seed(seed)
+    return build(name, 4, stem="small", in_size=32)
+
+
+def trained(model: nn.Module, steps: int, lr: float) -> nn.Module:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    labels = torch.arange(8) % 4
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images()), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def found(model: nn.Module, fresh: nn.Module) -> list[str]:
+    return untrained(model, fresh, find_modules(model, images(1)))
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "resnet18"])
+def test_a_fresh_network_is_all_at_its_start_whatever_the_seed(name: str) -> None:
+    model, other = network(0, name), network(1, name)
+    assert found(model, other) == [module.name for module in find_modules(model, images(1))]
+
+
+def test_one_step_is_enough_to_leave_the_start() -> None:
+    assert found(trained(network(0), 1, 1e-5), network(1)) == []
+
+
+@pytest.mark.parametrize("frozen", ["conv1", "stage3", "conv5"])
+def test_the_frozen_module_and_no_other_is_named(frozen: str) -> None:
+    model = network(0)
+    model.backbone.get_submodule(frozen).requires_grad_(False)
+    names = found(trained(model, 2, 1e-3), network(1))
+    assert names == [f"backbone.{frozen}"]
+
+
+def test_without_norms_the_distribution_of_the_weights_tells() -> None:
+    def plain(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
+
+    model = plain(0)
+    model[0].requires_grad_(False)
+    assert found(trained(model, 60, 1e-2), plain(1)) == ["0"]
+
+
+def test_what_lies_between_a_module_and_its_end_counts() -> None:
+    model = models.resnet18(num_classes=4).eval()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.bn1.bias[3] = 0.1  # behind conv1, and of its functional module
+    assert "conv1" not in found(other, model)
+    assert "layer1" in found(other, model)
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(ModelError, match="the same architecture"):
+        found(network(0), network(0, "resnet18"))
+
+
+def test_an_untrained_module_is_the_next_to_train() -> None:
+    scores = {"a": Score(0.2, 0, 1), "b": Score(0.9, 0, 1), "c": Score(0.8, 0, 1)}
+    assert next_to_train(scores) == "a"
+    assert next_to_train(scores, ["b", "c"]) == "c"
