@@ -40,7 +40,7 @@ from fmce_ops.data import Augment, Images, TrainBatches, prepare
 from fmce_ops.files import write_json, write_text
 from fmce_ops.models import Classifier, FmceNet, build, feature_shape, load_into
 from fmce_ops.progress import PlainProgress
-from fmce_ops.shards import Manifest, ShardStore, split_by_image, split_paper
+from fmce_ops.shards import Manifest, ShardStore, Split, split_by_image, split_paper
 from fmce_ops.training.classifier import (
     Plan,
     Validation,
@@ -237,9 +237,9 @@ def make_images(work: Work, data: Path) -> None:
 def train(work: Work, images: Images) -> tuple[list[Point], float]:
     """The original task: its loss curve, and the accuracy of its last weights on test images."""
     setting = work.setting
-    network = work.network(len(images.classes))
     done = work.folder / "trained.json"
     if not done.exists():
+        network = work.network(len(images.classes))
         if work.compile:
             network.compile()
         seen = {"size": setting.size, "mean": images.mean, "std": images.std}
@@ -338,7 +338,7 @@ def fmce_net(work: Work, maps: ShardStore) -> FmceNet:
     return FmceNet((channels, height, width), PHASES)
 
 
-def rows_of(work: Work, maps: ShardStore, split: str) -> Any:
+def rows_of(work: Work, maps: ShardStore, split: str) -> Split:
     """Training, validation and test rows of a part."""
     images = maps.manifest.images
     return SPLITS[split](images, PHASES, TEST, VALIDATION, work.setting.seed)

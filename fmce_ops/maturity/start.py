@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
 from fmce_ops.errors import ModelError
@@ -59,5 +58,7 @@ def _weights(network: nn.Module, module: FunctionalModule) -> Iterator[str]:
 def _alike(given: Tensor, start: Tensor, level: float) -> bool:
     if (start == start.flatten()[0]).all():
         return torch.equal(given.cpu(), start.cpu())
+    from scipy.stats import ks_2samp  # here: it is slow to import, and a served judge needs none
+
     values = (part.detach().flatten().float().cpu().numpy() for part in (given, start))
     return float(ks_2samp(*values, method="asymp").pvalue) > level
