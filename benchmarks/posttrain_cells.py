@@ -264,20 +264,23 @@ def study(
     images: Images,
     counts: dict[str, int],
     make: Callable[[], Network],
-    seeds: int,
+    seeds: range,
     before: int,
     epochs: int,
     rate: float,
+    only: list[str],
 ) -> dict[str, list[float]]:
-    """Test accuracy of every arm and seed."""
+    """Test accuracy of every arm and seed; of all arms, or of the controls and those named."""
     train, val, test = (load(images, split, few) for split, few in counts.items())
     found: dict[str, list[float]] = {}
-    for seed in range(seeds):
+    for seed in seeds:
         network, earlier = pretrain(make, train, val, before, 100 + seed)
         folds = held_out(make, train, val, before, 1000 + 10 * seed)
         incoming = accuracy(network, val), accuracy(network, test)
         found.setdefault("untouched", []).append(incoming[1])
         for name, arm in arms(network, train, folds, earlier).items():
+            if only and name not in only and name not in CONTROLS:
+                continue
             trained, best = copy.deepcopy(network), incoming
             for _ in epochs_of(trained, train, arm, rate, epochs, seed):
                 now = accuracy(trained, val)
@@ -334,6 +337,8 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="simple_cnn")
     parser.add_argument("--name", required=True, help="of the data set")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="others than an earlier table's")
+    parser.add_argument("--only", nargs="+", default=[], help="arms, beside the controls")
     parser.add_argument("--pretrain", type=int, default=25, help="epochs of the checkpoint")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--train", type=int, default=10000, help="training images at most")
@@ -348,8 +353,11 @@ def main() -> None:
 
         limits = {"train": given.train, "val": given.val, "test": images.counts["test"]}
         counts = {split: min(limits[split], images.counts[split]) for split in limits}
-        found = study(images, counts, make, given.seeds, given.pretrain, given.epochs, given.rate)
+        seeds = range(given.first_seed, given.first_seed + given.seeds)
+        lengths = given.pretrain, given.epochs
+        found = study(images, counts, make, seeds, *lengths, given.rate, given.only)
         name = f"{given.name} x {given.network}"
+        name += f", seeds {seeds[0]} to {seeds[-1]}" if given.first_seed else ""
         options = f"{given.seeds} seeds, {given.pretrain} + {given.epochs} epochs"
         options += f", learning rate {given.rate:g}"
         text = table(name, counts, found, options)
