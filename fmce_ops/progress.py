@@ -167,7 +167,7 @@ def show_path(found: "Explanation") -> None:
 def show_scores(found: "Scored") -> None:
     """The maturity of each module with its interval, and what to train next."""
     console = Console()
-    line = f"{found.network}, {found.images} images"
+    line = f"{found.network}, {found.images} image{'s' if found.images > 1 else ''}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table()
     for heading in ("module", "maturity", "interval", ""):

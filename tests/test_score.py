@@ -127,7 +127,7 @@ def test_checkpoints_are_scored_as_they_appear_in_one_run(tmp_path: Path, pictur
         ({"network": NETWORK, "data": "broken"}, "cannot be read as a picture"),
         ({"network": NETWORK, "data": "pictures", "weights": "evil.pt"}, "plain weights"),
         ({"network": NETWORK, "data": "pictures", "weights": "other.pt"}, "does not fit"),
-        ({"network": NETWORK, "data": "pictures", "weights": "none.pt"}, "plain weights"),
+        ({"network": NETWORK, "data": "pictures", "weights": "none.pt"}, "cannot be opened"),
         ({"network": NETWORK, "data": "pictures", "modules": ("conv9",)}, "no submodule"),
         ({"model_uri": "models:/nobody@champion"}, "no model at"),
         ({"network": NETWORK}, "images.h5"),

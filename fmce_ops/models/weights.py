@@ -60,19 +60,7 @@ def load_into(module: nn.Module, path: Path) -> dict[str, str]:
         The file is missing or damaged, or its names or shapes are not those of ``module``.
     """
     state, metadata = load_weights(path)
-    wanted = module.state_dict()
-    misfits = sorted(
-        name
-        for name in wanted.keys() | state.keys()
-        if name not in wanted or name not in state or wanted[name].shape != state[name].shape
-    )
-    if misfits:
-        raise ModelError(
-            f"{path} does not fit the network, {len(misfits)} of its weights differ in name or "
-            f"shape ({misfits[0]!r} first): build the network with the parameters it was "
-            "trained with."
-        )
-    module.load_state_dict(state)
+    _load(module, state, path)
     return metadata
 
 
@@ -92,7 +80,11 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
         return
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be opened ({error.strerror}): give a file of weights."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ModelError(
             f"{path} cannot be read as plain weights ({type(error).__name__}): save the network's "
             "state_dict."
@@ -100,10 +92,28 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     for key in ("state_dict", "model", "network"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(
-            f"{path} does not fit the network ({str(error).splitlines()[0]}): "
-            "name the network that it was saved from."
-        ) from error
+            f"{path} holds a {type(state).__name__} that is not one of weights alone: save the "
+            "network's state_dict."
+        )
+    _load(module, state, path)
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load a whole ``state_dict`` of ``path``; the error names the first weight that is amiss."""
+    wanted = module.state_dict()
+    names = dict.fromkeys([*wanted, *state])
+    misfits = [name for name in names if _shape(state, name) != _shape(wanted, name)]
+    if misfits:
+        first = misfits[0]
+        raise ModelError(
+            f"{path} does not fit the network, {len(misfits)} of its weights differ ({first!r} is "
+            f"{_shape(state, first)} in the file and {_shape(wanted, first)} in the network): make "
+            "the network as it was trained, with as many classes."
+        )
+    module.load_state_dict(state)
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
+    return "x".join(map(str, state[name].shape)) or "one number" if name in state else "absent"
