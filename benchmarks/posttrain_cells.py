@@ -6,8 +6,8 @@ prints the table, and with --write keeps it in benchmarks/posttrain_cells.md.
 
 IMAGES.h5 is what the stage prepare writes. Every seed trains a checkpoint of its own; every arm
 trains that checkpoint on, as a whole, with the same steps and no augmentation, which the checkpoint
-had not either, and with the statistics of batch norm at rest. The epoch is chosen on validation,
-epoch 0 among them.
+had not either, and with the statistics of batch norm at rest, but for the arms that take them anew
+after each epoch. The epoch is chosen on validation, epoch 0 among them.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from fmce_ops.training.comparison import paired
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-BATCH, PRETRAIN_RATE, TEMPERATURE = 256, 2e-3, 3.0
+PRETRAIN_RATE, TEMPERATURE = 2e-3, 3.0
+AT_ONCE = 1024  # images that are judged together
 CONTROLS = ("untouched", "ce", "anchor, soft")
 
 
@@ -59,11 +60,15 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train on: what every sample's loss is, towards which target, of which weight."""
+    """A way to train on: what every sample's loss is, towards which target, of which weight.
+
+    ``anew``: the statistics of batch norm are taken anew after each epoch.
+    """
 
     loss: Loss
     target: Tensor
     weight: Tensor | None = None
+    anew: bool = False
 
 
 def simple_cnn(classes: int, side: int) -> Network:
@@ -80,7 +85,7 @@ def simple_cnn(classes: int, side: int) -> Network:
 def shufflenet(classes: int, side: int) -> Network:
     """ShuffleNet V2 x0.5 with the small stem."""
     found = build("shufflenet_v2_x0_5", classes, stem="small", in_size=side)
-    return Network(found.backbone, found.head)
+    return Network(found.backbone, found.head).to(memory_format=torch.channels_last)
 
 
 def resnet18(classes: int, side: int) -> Network:
@@ -94,7 +99,7 @@ def resnet18(classes: int, side: int) -> Network:
         nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *layers
     )
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
-    return Network(body, head)
+    return Network(body, head).to(memory_format=torch.channels_last)
 
 
 NETWORKS = {"simple_cnn": simple_cnn, "shufflenet": shufflenet, "resnet18": resnet18}
@@ -156,7 +161,7 @@ def arms(
         return torch.lerp(corrected, class_means(source, labels, right), share)
 
     nearest = nearest_logits(logits, labels, 1.0)
-    parts = zip(nearest.split(BATCH), features.split(BATCH), strict=True)
+    parts = zip(nearest.split(AT_ONCE), features.split(AT_ONCE), strict=True)
     pushed = torch.cat([reverse(network.head, target, x0).x for target, x0 in parts])
     means = class_means(features, labels, logits.argmax(1) == labels)
     doubt = 1 - logits.softmax(1).gather(1, labels[:, None])[:, 0]
@@ -168,6 +173,7 @@ def arms(
         "nearest, margin 4, soft": Arm(soft, nearest_logits(logits, labels, 4.0)),
         "nearest, squared": Arm(squared, nearest),
         "drawn to the class mean, soft": Arm(soft, drawn(logits)),
+        "drawn, soft, batch norm anew": Arm(soft, drawn(logits), anew=True),
         "drawn, squared": Arm(squared, drawn(logits)),
         "drawn, soft, weighted by doubt": Arm(soft, drawn(logits), 0.5 + doubt / doubt.mean()),
         "features of the nearest, mixed": Arm(mixed, pushed),
@@ -180,18 +186,27 @@ def arms(
     }
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How long, at which greatest rate and with how many images a step."""
+
+    epochs: int
+    rate: float
+    batch: int
+
+
 def epochs_of(
-    network: Network, train: Data, arm: Arm | None, rate: float, epochs: int, seed: int
+    network: Network, train: Data, arm: Arm | None, steps: Steps, seed: int
 ) -> Iterator[None]:
     """Train with one-cycle AdamW; one step of the iterator is an epoch.
 
     Without an arm the network learns from the labels, and its batch norm from the images.
     """
-    pieces = max(1, len(train.labels) // BATCH)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * pieces)
+    pieces = max(1, len(train.labels) // steps.batch)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=steps.rate, weight_decay=1e-2)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, steps.rate, steps.epochs * pieces)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    for _ in range(steps.epochs):
         network.train(arm is None)
         for rows in torch.randperm(len(train.labels), generator=generator).chunk(pieces):
             features, logits = network(train.inputs[rows])
@@ -205,12 +220,26 @@ def epochs_of(
             loss.backward()
             optimizer.step()
             cycle.step()
+        if arm and arm.anew:
+            take_anew(network, train.inputs)
         yield
+
+
+@torch.no_grad()
+def take_anew(network: Network, inputs: Tensor) -> None:
+    """Means and variances of batch norm over all inputs."""
+    network.train()
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+            part.momentum = None  # the plain mean over batches
+    for batch in inputs.split(AT_ONCE):
+        network(batch)
 
 
 @torch.inference_mode()
 def _outputs(network: Network, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    parts = [network(part) for part in inputs.split(1024)]
+    parts = [network(part) for part in inputs.split(AT_ONCE)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -227,25 +256,24 @@ def accuracy(network: Network, data: Data) -> float:
 
 
 def pretrain(
-    make: Callable[[], Network], train: Data, val: Data, epochs: int, seed: int
+    make: Callable[[], Network], train: Data, val: Data, steps: Steps, seed: int
 ) -> tuple[Network, Tensor]:
     """The checkpoint that is best on validation; mean logits of the last third of the epochs."""
     torch.manual_seed(seed)
     network = make()
     best, state, earlier = -1.0, network.state_dict(), []
-    steps = epochs_of(network, train, None, PRETRAIN_RATE, epochs, seed)
-    for epoch, _ in enumerate(steps):
+    for epoch, _ in enumerate(epochs_of(network, train, None, steps, seed)):
         found = accuracy(network, val)
         if found > best:
             best, state = found, copy.deepcopy(network.state_dict())
-        if epoch >= epochs - max(1, epochs // 3):
+        if epoch >= steps.epochs - max(1, steps.epochs // 3):
             earlier.append(outputs(network, train.inputs)[1])
     network.load_state_dict(state)
     return network, torch.stack(earlier).mean(0)
 
 
 def held_out(
-    make: Callable[[], Network], train: Data, val: Data, epochs: int, seed: int, folds: int = 2
+    make: Callable[[], Network], train: Data, val: Data, steps: Steps, seed: int, folds: int = 2
 ) -> Tensor:
     """Logits of every training image by a network that was not trained on it."""
     fold = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)) % folds
@@ -253,7 +281,7 @@ def held_out(
     for number in range(folds):
         rest = fold != number
         part = Data(train.inputs[rest], train.labels[rest])
-        network, _ = pretrain(make, part, val, epochs, seed + number)
+        network, _ = pretrain(make, part, val, steps, seed + number)
         found = outputs(network, train.inputs[~rest])[1]
         logits = logits if len(logits) else torch.empty(len(fold), found.shape[1])
         logits[~rest] = found
@@ -265,9 +293,8 @@ def study(
     counts: dict[str, int],
     make: Callable[[], Network],
     seeds: range,
-    before: int,
-    epochs: int,
-    rate: float,
+    before: Steps,
+    steps: Steps,
     only: list[str],
 ) -> dict[str, list[float]]:
     """Test accuracy of every arm and seed; of all arms, or of the controls and those named."""
@@ -281,13 +308,14 @@ def study(
         for name, arm in arms(network, train, folds, earlier).items():
             if only and name not in only and name not in CONTROLS:
                 continue
-            trained, best = copy.deepcopy(network), incoming
-            for _ in epochs_of(trained, train, arm, rate, epochs, seed):
+            trained, best, state = copy.deepcopy(network), incoming[0], None
+            for _ in epochs_of(trained, train, arm, steps, seed):
                 now = accuracy(trained, val)
-                if now > best[0]:
-                    best = now, accuracy(trained, test)
-            found.setdefault(name, []).append(best[1])
-            print(f"seed {seed} {name}: {best[1]:.4f} from {incoming[1]:.4f}", flush=True)
+                if now > best:
+                    best, state = now, copy.deepcopy(trained.state_dict())
+            trained.load_state_dict(state or network.state_dict())
+            found.setdefault(name, []).append(accuracy(trained, test))
+            print(f"seed {seed} {name}: {found[name][-1]:.4f} from {incoming[1]:.4f}", flush=True)
     return found
 
 
@@ -344,6 +372,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10000, help="training images at most")
     parser.add_argument("--val", type=int, default=2000, help="validation images at most")
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=256, help="images of a training step")
     parser.add_argument("--write", action="store_true", help="keep the table in the .md file")
     given = parser.parse_args()
     with Images.open(given.images) as images:
@@ -354,12 +383,13 @@ def main() -> None:
         limits = {"train": given.train, "val": given.val, "test": images.counts["test"]}
         counts = {split: min(limits[split], images.counts[split]) for split in limits}
         seeds = range(given.first_seed, given.first_seed + given.seeds)
-        lengths = given.pretrain, given.epochs
-        found = study(images, counts, make, seeds, *lengths, given.rate, given.only)
+        before = Steps(given.pretrain, PRETRAIN_RATE, given.batch)
+        steps = Steps(given.epochs, given.rate, given.batch)
+        found = study(images, counts, make, seeds, before, steps, given.only)
         name = f"{given.name} x {given.network}"
         name += f", seeds {seeds[0]} to {seeds[-1]}" if given.first_seed else ""
         options = f"{given.seeds} seeds, {given.pretrain} + {given.epochs} epochs"
-        options += f", learning rate {given.rate:g}"
+        options += f" of batch {given.batch}, learning rate {given.rate:g}"
         text = table(name, counts, found, options)
     print(text)
     if given.write:
