@@ -388,7 +388,7 @@ def main() -> None:
         found = study(images, counts, make, seeds, before, steps, given.only)
         name = f"{given.name} x {given.network}"
         name += f", seeds {seeds[0]} to {seeds[-1]}" if given.first_seed else ""
-        options = f"{given.seeds} seeds, {given.pretrain} + {given.epochs} epochs"
+        options = f"{images.side} px; {given.seeds} seeds, {given.pretrain} + {given.epochs} epochs"
         options += f" of batch {given.batch}, learning rate {given.rate:g}"
         text = table(name, counts, found, options)
     print(text)
