@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 
@@ -248,14 +249,15 @@ def targets_figure(
 def _output_panels(
     axes: Sequence[Axes], made: NDArray[np.float32], target: NDArray[np.float32]
 ) -> None:
-    """Mean over the channels of what was made, of the target, and of the difference."""
+    """What was made, the target and the difference: maps as their mean, vectors as a strip."""
+    aspect: Literal["equal", "auto"] = "equal"
     if made.ndim == 1:
-        made, target = made[:, None, None], target[:, None, None]
+        made, target, aspect = made[None, None], target[None, None], "auto"
     own, wanted, change = made.mean(0), target.mean(0), (target - made).mean(0)
     low, high = min(own.min(), wanted.min()), max(own.max(), wanted.max())
     most = max(float(np.abs(change).max()), 1e-12)
-    axes[0].imshow(own, cmap="viridis", vmin=low, vmax=high)
-    axes[1].imshow(wanted, cmap="viridis", vmin=low, vmax=high)
-    axes[2].imshow(change, cmap="coolwarm", vmin=-most, vmax=most)
+    axes[0].imshow(own, cmap="viridis", vmin=low, vmax=high, aspect=aspect)
+    axes[1].imshow(wanted, cmap="viridis", vmin=low, vmax=high, aspect=aspect)
+    axes[2].imshow(change, cmap="coolwarm", vmin=-most, vmax=most, aspect=aspect)
     for axis in axes:
         axis.set_axis_off()

@@ -80,6 +80,8 @@ def test_where_nothing_is_near_the_known_keys_are_listed(tmp_path):
         ("fmce", "test", 0),
         ("fmce", "validation", 1),
         ("fmce", "seed", -1),
+        ("posttrain", "folds", 1),
+        ("posttrain", "folds", 11),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(tmp_path, section, key, value):
@@ -108,6 +110,7 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, section, key, value):
         ("markers: {unconverged: ignore}", "markers.unconverged"),
         ("features: {compression: gzip}", "features.compression"),
         ("fmce: {split: random}", "fmce.split"),
+        ("posttrain: {mode: hard}", "posttrain.mode"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(tmp_path, text, key):

@@ -1,16 +1,27 @@
 """Targets of spans, and their training beside the controls."""
 
 import copy
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from fmce_ops.data import to_input
+from fmce_ops.data import Images, to_input
 from fmce_ops.errors import ModelError, TrainingError
-from fmce_ops.models import build, functional_modules, load_weights
+from fmce_ops.models import build, functional_modules, load_into, load_weights
 from fmce_ops.reverse import nearest_logits
 from fmce_ops.shards import ShardStore
+from fmce_ops.stages.folds import draw_folds, fold_logits
+from fmce_ops.stages.networks import build_classifier
+from fmce_ops.stages.params import Params
+from fmce_ops.stages.stage import Stage
+from fmce_ops.stages.train import training_batches
+from fmce_ops.training.classifier import point_file
 from fmce_ops.training.comparison import paired
 from fmce_ops.training.devices import launch
 from fmce_ops.training.posttrain import (
@@ -19,8 +30,10 @@ from fmce_ops.training.posttrain import (
     Stores,
     best_of,
     best_weights,
+    check_mode,
     jobs,
     judge_images,
+    soft_loss,
     train_span,
 )
 from fmce_ops.training.reporter import Reporters
@@ -32,10 +45,11 @@ from fmce_ops.training.targets import (
     most_changed,
     write_targets,
 )
+from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import ttest_rel
 from torch import nn
 
-from tests.project import digits
+from tests.project import SMALL, digits
 
 SIZE = 16
 SETTINGS = TargetSettings(margin=1.0, pull=0.0, size=SIZE, images_per_shard=60, batch_size=32)
@@ -62,6 +76,15 @@ def made(images, tmp_path_factory):
     """The stores of conv5 with their folder and facts."""
     folder = tmp_path_factory.mktemp("span")
     span = find_span(functional_modules(network()), "conv5")
+    facts = write_targets(launch(), span, images, SETTINGS, folder, Reporters())
+    return span, folder, facts
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """The stores of the whole network as one span, as `made`."""
+    folder = tmp_path_factory.mktemp("whole")
+    span = find_span(functional_modules(network()), "conv1..head")
     facts = write_targets(launch(), span, images, SETTINGS, folder, Reporters())
     return span, folder, facts
 
@@ -141,14 +164,16 @@ def trained(made, folder, job, plan):
         return train_span(span, opened, plan, job, folder, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("mode", ["mixed", "local"])
+@pytest.mark.parametrize(
+    ("mode", "span"), [("mixed", "made"), ("local", "made"), ("soft", "whole")]
+)
 @pytest.mark.parametrize("arm", ["ce", "anchor", "frp"])
-def test_a_training_that_was_cut_goes_on_to_the_same_bytes(made, tmp_path, mode, arm):
-    job = Job(arm, 1.0, 3)
-    whole = trained(made, tmp_path / "whole", job, plan(mode))
+def test_a_training_that_was_cut_goes_on_to_the_same_bytes(request, tmp_path, mode, span, arm):
+    made, job = request.getfixturevalue(span), Job(arm, 1.0, 3)
+    uncut = trained(made, tmp_path / "whole", job, plan(mode))
     trained(made, tmp_path / "cut", job, plan(mode, epochs=1))
     cut = trained(made, tmp_path / "cut", job, plan(mode))
-    figures = [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in whole[1:]]
+    figures = [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in uncut[1:]]
     assert figures == [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in cut[1:]]
     files = [best_weights(tmp_path / name).read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
@@ -195,7 +220,7 @@ def test_every_arm_alpha_and_seed_is_a_job():
     mixed = jobs("mixed", (0.1, 1.0), 3)
     assert len(mixed) == 3 + 6 + 6
     assert len({job.name for job in mixed}) == len(mixed)
-    assert len(jobs("local", (0.1, 1.0), 3)) == 9
+    assert len(jobs("local", (0.1, 1.0), 3)) == len(jobs("soft", (0.1, 1.0), 3)) == 9
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
@@ -204,3 +229,173 @@ def test_the_interval_is_that_of_the_paired_t_test():
     found = paired(ours, theirs)
     assert (found.low, found.high) == pytest.approx((known.low, known.high))
     assert paired([0.5], [0.4]).low is None
+
+
+def test_the_soft_loss_is_the_divergence_of_the_softened_probabilities():
+    logits, target = np.random.default_rng(0).normal(0, 4, (2, 7, 10))
+    divergence = rel_entr(softmax(target / 3, 1), softmax(logits / 3, 1)).sum(1).mean()
+    tensors = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(target)
+    loss = soft_loss(*tensors)
+    assert loss.item() == pytest.approx(9 * divergence)
+    loss.backward()
+    gradient = 3 * (softmax(logits / 3, 1) - softmax(target / 3, 1)) / 7  # worked out by hand
+    np.testing.assert_allclose(tensors[0].grad, gradient, atol=1e-12)
+
+
+def test_soft_training_learns_from_its_targets_by_that_loss(whole, tmp_path):
+    _, stores, _ = whole
+    job = Job("frp", 0.0, 0)
+    one_step = PosttrainPlan("soft", 1, 1000, 1e-3, 0.0)
+    (_, first) = trained(whole, tmp_path / "one", job, one_step)
+    with ShardStore.open(stores / "outputs") as store:
+        own, wanted = (store.batch(phase, range(store.manifest.images)) for phase in (OWN, TARGET))
+    softened = np.exp(log_softmax(wanted / 3, 1)), np.exp(log_softmax(own / 3, 1))
+    assert first.train_loss == pytest.approx(9 * rel_entr(*softened).sum(1).mean(), rel=1e-4)
+    history = trained(whole, tmp_path / "many", job, plan("soft", epochs=6))
+    assert history[-1].train_loss < 0.7 * history[1].train_loss
+
+
+@pytest.mark.parametrize("name", ["conv5", "stage4..conv5"])
+def test_soft_targets_need_the_head_in_the_span(name):
+    span = find_span(functional_modules(network()), name)
+    with pytest.raises(ModelError) as error:
+        check_mode("soft", span)
+    first = name.partition("..")[0]
+    assert str(error.value) == (
+        f"posttrain.mode is soft, but the span '{name}' of posttrain.modules does not end with "
+        f"the head, which makes the logits: write '{first}..head', or choose mixed or local."
+    )
+    check_mode("local", span)
+    check_mode("soft", find_span(functional_modules(network()), f"{first}..head"))
+
+
+def test_held_out_logits_are_averaged_with_the_networks_own_before_the_correction(
+    whole, images, tmp_path
+):
+    span, folder, _ = whole
+    with ShardStore.open(folder / "outputs") as store:
+        own, labels = store.batch(OWN, range(store.manifest.images)), store.label
+    held_out = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)) * 5
+    held_out[::2] += 20 * torch.eye(10)[labels[::2]]  # some of every class are right
+    pulled = TargetSettings(1.0, 0.25, SIZE, 60, 32)
+    write_targets(launch(), span, images, pulled, tmp_path, Reporters(), held_out)
+    with ShardStore.open(tmp_path / "outputs") as store:
+        found = store.batch(TARGET, range(len(own)))
+        np.testing.assert_array_equal(store.batch(OWN, range(len(own))), own)
+    source = (own + held_out.numpy()) / 2
+    right = source.argmax(1) == labels
+    means = np.stack([source[right & (labels == label)].mean(0) for label in range(10)])
+    nearest = nearest_logits(torch.from_numpy(source), torch.from_numpy(labels), 1.0).numpy()
+    np.testing.assert_allclose(found, 0.75 * nearest + 0.25 * means[labels], atol=1e-4)
+
+
+def test_held_out_logits_like_the_networks_own_leave_every_target(made, images, tmp_path):
+    span, folder, _ = made
+    with torch.inference_mode(), ShardStore.open(folder / "outputs") as store:
+        own = [span.behind(torch.from_numpy(maps)) for maps in store.scan(OWN)]
+    write_targets(launch(), span, images, SETTINGS, tmp_path, Reporters(), torch.cat(own))
+    with ShardStore.open(folder / "outputs") as a, ShardStore.open(tmp_path / "outputs") as b:
+        rows = range(a.manifest.images)
+        np.testing.assert_allclose(a.batch(TARGET, rows), b.batch(TARGET, rows), atol=1e-3)
+
+
+def fold_params(folds, model=SMALL["model"], **train):
+    return Params.model_validate(
+        {
+            "data": SMALL["data"],
+            "model": model,
+            "train": {"batch_size": 16, "lr": 0.002, **train},
+            "markers": {"phases": 2},
+            "posttrain": {"folds": folds},
+        }
+    )
+
+
+def test_every_image_is_in_one_fold_of_its_seed():
+    fold = draw_folds(107, 5, 3)
+    assert sorted(torch.bincount(fold).tolist()) == [21, 21, 21, 22, 22]
+    assert torch.equal(fold, draw_folds(107, 5, 3))
+    assert not torch.equal(fold, draw_folds(107, 5, 4))
+
+
+def test_the_batches_of_chosen_rows_hold_these_and_no_others(images):
+    pixels, _ = images.load("train")
+    inputs = to_input(pixels, size=SIZE, mean=images.mean, std=images.std).flatten(1)
+    rows = (draw_folds(len(pixels), 3, 0) != 1).nonzero()[:, 0]
+    batches = training_batches(launch(), images, fold_params(3), rows)
+    assert batches.steps == len(rows) // 16
+    shown = [batches.batch(epoch, step)[0] for epoch in range(8) for step in range(batches.steps)]
+    same = torch.cdist(torch.cat(shown).flatten(1), inputs) < 0.5  # apart by more, all of them
+    seen = same.any(0)
+    assert torch.equal(seen.nonzero()[:, 0], rows)
+
+
+def perceptron(num_classes):
+    """Wide enough to learn any labels of a hundred images by heart, and quick."""
+    hidden = nn.Sequential(nn.Conv2d(3, 256, SIZE), nn.ReLU())
+    head = nn.Sequential(nn.Flatten(), nn.Linear(256, num_classes))
+    return nn.Sequential(OrderedDict(hidden=hidden, head=head))
+
+
+@pytest.fixture
+def random_labels(tmp_path):
+    """Digits of which nothing can be learnt but what was seen: their labels are drawn."""
+    with digits(tmp_path, 12, SIZE) as opened:
+        path = opened.path
+    with h5py.File(path, "r+") as file:
+        labels = file["train/labels"]
+        labels[:] = np.random.default_rng(0).permutation(labels[:])
+    with Images.open(path) as opened:
+        yield opened
+
+
+def test_the_network_of_a_fold_knows_what_it_saw_and_nothing_of_its_fold(random_labels, tmp_path):
+    backbone = "tests.test_posttrain:perceptron"
+    model = {"backbone": backbone, "stem": "standard", "cut": "hidden"}
+    params = fold_params(2, model, epochs=30)
+    stage = Stage("posttrain", tmp_path, None, Reporters(), {})
+    logits = fold_logits(launch(), stage, params, random_labels)
+    pixels, labels = random_labels.load("train")
+    assert (logits.argmax(1) == labels).double().mean() < 0.3
+    inputs = to_input(pixels, size=SIZE, mean=random_labels.mean, std=random_labels.std)
+    fold = draw_folds(len(labels), 2, params.train.seed)
+    for number in (0, 1):
+        classifier = build_classifier(params, 10).eval()
+        load_into(classifier, point_file(tmp_path / f"fold-{number}", 30))
+        with torch.inference_mode():
+            found = classifier(inputs)
+        assert (found.argmax(1) == labels)[fold != number].double().mean() > 0.9
+        torch.testing.assert_close(logits[fold == number], found[fold == number])
+
+
+@dataclass(frozen=True)
+class Cut(Stage):
+    """A stage whose second fold is killed behind its second epoch."""
+
+    @contextmanager
+    def beneath(self, name, tags):
+        yield self if name == "fold 1" else Reporters()
+
+    def begin(self, task, total):
+        return
+
+    def row(self, row):
+        if row.step == 2:
+            raise KeyboardInterrupt
+
+
+def test_folds_that_were_cut_go_on_to_the_same_bytes(images, tmp_path):
+    params, found = fold_params(2, epochs=3), []
+    for name in ("uncut", "cut"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fold_logits(
+            launch(), Cut("posttrain", tmp_path / "cut", None, Reporters(), {}), params, images
+        )
+    assert not point_file(tmp_path / "cut" / "fold-1", 3).exists()
+    for name in ("uncut", "cut"):
+        stage = Stage("posttrain", tmp_path / name, None, Reporters(), {})
+        found.append(fold_logits(launch(), stage, params, images))
+        kept = sorted(file.name for file in Path(tmp_path / name).glob("*/point-*"))
+        assert kept == [point_file(tmp_path, 3).name] * 2  # of each fold the last
+    assert torch.equal(*found)

@@ -124,6 +124,8 @@ class TrainBatches:
         Side of the network's input.
     mean, std
         Channel statistics, as in :func:`to_input`.
+    rows
+        int64 (m,), the images to learn from; None for all of them.
     rank, world
         This process and the number of processes.
 
@@ -144,22 +146,25 @@ class TrainBatches:
         std: Sequence[float],
         augment: Augment,
         seed: int,
+        rows: Tensor | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        _check_sharing(len(labels), batch_size, world)
+        self._rows = torch.arange(len(labels)) if rows is None else rows
+        n = len(self._rows)
+        _check_sharing(n, batch_size, world)
         self._images, self._labels = images, labels
         self._size, self._mean, self._std = size, mean, std
         self._augment, self._seed = augment, seed
-        self._global = min(batch_size, len(labels) // world * world)
+        self._global = min(batch_size, n // world * world)
         share = self._global // world
         self._mine = slice(rank * share, (rank + 1) * share)
-        self.steps = len(labels) // self._global
+        self.steps = n // self._global
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """This process's images float32 (b, 3, size, size), channels last, and labels (b,)."""
-        order = _recent_order(len(self._labels), self._seed, epoch)
-        chosen = order[step * self._global : (step + 1) * self._global][self._mine]
+        order = _recent_order(len(self._rows), self._seed, epoch)
+        chosen = self._rows[order[step * self._global : (step + 1) * self._global][self._mine]]
         images = self._images[chosen.to(self._images.device)].to(self._labels.device)
         draws = _draw(self._global, self._augment, generator(self._seed, epoch, step))
         resized = _resize(images, self._size)

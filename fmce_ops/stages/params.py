@@ -17,6 +17,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Modules = Annotated[tuple[str, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Folds = Literal[0, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # one fold would leave nothing to learn from
 RunName = Annotated[str, Field(pattern="^[A-Za-z0-9_]+$")]  # part of the name of a stage
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 
@@ -110,9 +111,10 @@ class PosttrainParams(Section):
     """Post-training of single modules (arXiv 2506.07188)."""
 
     modules: Modules | None = None  # names or first..last; null: the last before the head
-    mode: Literal["mixed", "local"] = "mixed"  # local: the targets alone, no cross-entropy
+    mode: Literal["mixed", "local", "soft"] = "mixed"  # local, soft: the targets alone
     margin: Weight = 1.0  # of the corrected logits
     pull: Fraction = 0.0  # of the corrected logits towards the mean of their class
+    folds: Folds = 0  # networks whose logits of unseen images join the checkpoint's
     alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 1.0)  # weights of targets
     epochs: Count = 10
     batch_size: Count = 256

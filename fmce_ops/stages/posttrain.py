@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from fmce_ops.data import Images, to_input
 from fmce_ops.figures import arms_figure, gradcam, targets_figure
@@ -16,6 +17,7 @@ from fmce_ops.files import write_json, write_table
 from fmce_ops.models import Classifier, functional_modules, load_into
 from fmce_ops.shards import ShardStore
 from fmce_ops.stages.champion import on_validation
+from fmce_ops.stages.folds import fold_logits
 from fmce_ops.stages.networks import describe_classifier, trained_classifier
 from fmce_ops.stages.params import Params
 from fmce_ops.stages.stage import CHECKPOINTS, IMAGES, RESULTS, TARGETS, Stage, now, open_stage
@@ -33,6 +35,7 @@ from fmce_ops.training.posttrain import (
     Stores,
     best_of,
     best_weights,
+    check_mode,
     jobs,
     judge_images,
     train_span,
@@ -51,7 +54,7 @@ from fmce_ops.training.targets import (
     write_targets,
 )
 
-SECTIONS = ["data", "model", "posttrain"]
+SECTIONS = ["data", "model", "train", "posttrain"]
 NAME = "fmce-posttrained"
 PICTURES = 4  # images that are shown with their targets
 METRICS, TABLE = RESULTS / "posttrain.json", RESULTS / "posttrain.csv"
@@ -59,7 +62,7 @@ METRICS, TABLE = RESULTS / "posttrain.json", RESULTS / "posttrain.csv"
 
 def run(params: Params, progress: Reporter | None = None) -> None:
     """Write ``results/posttrain.json``, ``posttrain.csv``, ``data/targets/``; register the best."""
-    fabric = launch()
+    fabric = launch(params.train.precision)  # which the trainings of the folds alone use
     with (
         open_stage(
             "posttrain",
@@ -74,7 +77,11 @@ def run(params: Params, progress: Reporter | None = None) -> None:
     ):
         classifier = trained_classifier(params, len(images.classes))
         study = _Study(fabric, stage, params, images, classifier)
-        facts = {span.name: study.write_targets(span) for span in study.spans}
+        spans = study.spans
+        for span in spans:
+            check_mode(params.posttrain.mode, span)
+        held_out = fold_logits(fabric, stage, params, images) if params.posttrain.folds else None
+        facts = {span.name: study.write_targets(span, held_out) for span in spans}
         histories = study.train()
         if fabric.is_global_zero:
             incoming = study.judge("untouched", 0, classifier, {})
@@ -129,8 +136,8 @@ class _Study:
         """Every arm with every seed."""
         return [(arm, seed) for arm in ARMS for seed in range(self.params.posttrain.seeds)]
 
-    def write_targets(self, span: Span) -> dict[str, Any]:
-        """The stores of a span, and how the reverse steps went."""
+    def write_targets(self, span: Span, held_out: Tensor | None) -> dict[str, Any]:
+        """The stores of a span, and how the reverse steps went; held_out: (N, K) logits."""
         settings = self.params.posttrain
         how = TargetSettings(
             margin=settings.margin,
@@ -140,7 +147,8 @@ class _Study:
             batch_size=settings.batch_size,
         )
         folder = self.stage.folder / span.name
-        return write_targets(self.fabric, span, self.images, how, folder, self.stage.reporter)
+        reporter = self.stage.reporter
+        return write_targets(self.fabric, span, self.images, how, folder, reporter, held_out)
 
     def train(self) -> _Histories:
         """Train every job, side by side where there are processes for it."""
@@ -230,6 +238,7 @@ def _publish(
     arms = {arm: [_record(o) for o in found] for arm, found in by_arm.items()}
     summary = {
         "mode": study.params.posttrain.mode,
+        "folds": study.params.posttrain.folds,
         "targets": facts,
         "arms": arms,
         "gain_of_frp": gains,

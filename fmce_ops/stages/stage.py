@@ -56,7 +56,7 @@ class Stage:
         if self.run is None:
             yield Reporters()
             return
-        with self.run.child(name, {**tags, "fmce.stage": f"{self.name}-arm"}) as child:
+        with self.run.child(name, {"fmce.stage": f"{self.name}-arm", **tags}) as child:
             yield Reporters(child, *self.listeners)
 
     def figure(self, figure: "Figure", name: str) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from fmce_ops.data import Augment, Images, TrainBatches
 from fmce_ops.files import write_json
@@ -57,8 +58,10 @@ def training_plan(params: Params) -> Plan:
     return Plan(**params.train.model_dump(exclude={"batch_size", "augment", "precision"}))
 
 
-def training_batches(fabric: Fabric, images: Images, params: Params) -> TrainBatches:
-    """The training images of ``params``, this process's share, on its device."""
+def training_batches(
+    fabric: Fabric, images: Images, params: Params, rows: Tensor | None = None
+) -> TrainBatches:
+    """The training images of ``params``, this process's share, on its device; all or (m,) some."""
     return TrainBatches(
         *load(fabric, images, "train"),
         batch_size=params.train.batch_size,
@@ -67,6 +70,7 @@ def training_batches(fabric: Fabric, images: Images, params: Params) -> TrainBat
         std=images.std,
         augment=Augment(**params.train.augment.model_dump()),
         seed=params.train.seed,
+        rows=rows,
         rank=fabric.global_rank,
         world=fabric.world_size,
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmce_ops.data import Images, to_input
-from fmce_ops.errors import TrainingError
+from fmce_ops.errors import ModelError, TrainingError
 from fmce_ops.models import save_weights
 from fmce_ops.shards import RandomBatches, ShardStore
 from fmce_ops.training.reporter import Row
@@ -25,17 +25,26 @@ from fmce_ops.training.state import load_state, save_state
 from fmce_ops.training.targets import INPUTS, OUTPUTS, OWN, TARGET, VALIDATION, Span
 
 Arm = Literal["ce", "anchor", "frp"]
+Mode = Literal["mixed", "local", "soft"]
 ARMS: tuple[Arm, ...] = ("ce", "anchor", "frp")
 _BATCH = 512  # images that are judged at a time
 _MEMORY = 0.9  # of the running means that weigh the two parts of the loss
 _WEIGHTS = 1e-5, 10.0  # bounds of that weight
+_TEMPERATURE = 3.0  # of soft targets, at which the classes beside the label count
 
 
 @dataclass(frozen=True)
 class PosttrainPlan:
-    """How every arm is trained: AdamW at a constant rate."""
+    """How every arm is trained: AdamW at a constant rate.
 
-    mode: Literal["mixed", "local"]
+    Attributes
+    ----------
+    mode : the loss of ``anchor`` and ``frp``. ``mixed`` is the cross-entropy and the weighted
+        squared error of the targets, ``local`` the squared error alone, ``soft`` the
+        `soft_loss` of targets that are logits alone.
+    """
+
+    mode: Mode
     epochs: int
     batch_size: int
     lr: float
@@ -93,7 +102,37 @@ class PosttrainEpoch:
         return Row(self.epoch, told, self.time)
 
 
-def jobs(mode: str, alphas: tuple[float, ...], seeds: int) -> list[Job]:
+def check_mode(mode: Mode, span: Span) -> None:
+    """See that a span can be trained in a mode.
+
+    Raises
+    ------
+    ModelError
+        Soft targets are logits, and the span does not end with the head, which makes them.
+    """
+    if mode == "soft" and len(span.behind):
+        first = span.name.partition("..")[0]
+        raise ModelError(
+            f"posttrain.mode is soft, but the span {span.name!r} of posttrain.modules does not "
+            f"end with the head, which makes the logits: write '{first}..head', or choose mixed "
+            "or local."
+        )
+
+
+def soft_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """T^2 KL(softmax(target / T) || softmax(logits / T)), the mean over the samples.
+
+    T^2 keeps the size of the gradients (Hinton et al., arXiv 1503.02531).
+
+    Parameters
+    ----------
+    logits, target : (N, K).
+    """
+    found, wanted = ((values / _TEMPERATURE).log_softmax(1) for values in (logits, target))
+    return _TEMPERATURE**2 * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def jobs(mode: Mode, alphas: tuple[float, ...], seeds: int) -> list[Job]:
     """All trainings of a span: every arm, alpha and seed."""
     weights: dict[Arm, tuple[float, ...]] = {"ce": (0.0,)}
     weights["anchor"] = weights["frp"] = alphas if mode == "mixed" else (0.0,)
@@ -252,6 +291,7 @@ def _train_epoch(
     device: torch.device,
 ) -> float:
     """Mean loss of the epoch."""
+    distance = soft_loss if plan.mode == "soft" else F.mse_loss
     images = stores.inputs.manifest.images
     rows = np.stack([np.ones(images, np.int64), np.arange(images)], axis=1)
     total = 0.0
@@ -261,7 +301,7 @@ def _train_epoch(
         if job.arm != "ce":
             phase = TARGET if job.arm == "frp" else OWN
             wanted = stores.outputs.batch(phase, batch.position.numpy())
-            loss = F.mse_loss(outputs, _laid_out(torch.from_numpy(wanted), device))
+            loss = distance(outputs, _laid_out(torch.from_numpy(wanted), device))
         if job.arm == "ce" or plan.mode == "mixed":
             labels = torch.from_numpy(stores.inputs.label[batch.position.numpy()]).to(device)
             entropy = F.cross_entropy(behind(outputs), labels)

@@ -96,6 +96,7 @@ def write_targets(
     settings: TargetSettings,
     folder: Path,
     reporter: Reporter,
+    held_out: Tensor | None = None,
 ) -> dict[str, Any]:
     """Write the stores ``inputs``, ``outputs`` and ``validation`` of a span into ``folder``.
 
@@ -104,13 +105,18 @@ def write_targets(
     made (phase `TARGET`). Parts that an earlier, interrupted run finished are kept; with several
     processes each writes its share.
 
+    Parameters
+    ----------
+    held_out : (N, K) logits of the training images by networks that never saw them; their mean
+        with the network's own is corrected. None corrects the network's own.
+
     Returns
     -------
     How the reverse steps went: samples that changed, residual, change, iterations, statuses.
     """
     network = nn.Sequential(span.before, span.inside, span.behind).to(fabric.device).eval()
-    means = _class_means(fabric, network, images, settings) if settings.pull else None
-    maker = _Maker(span, settings, means)
+    means = _class_means(fabric, network, images, settings, held_out) if settings.pull else None
+    maker = _Maker(span, settings, means, held_out)
     shapes = maker.shapes(next(_pixels(fabric, images, "train", 0, 1, settings))[0])
     parts = [
         _Part(split, part, start, min(settings.images_per_shard, images.counts[split] - start))
@@ -166,18 +172,31 @@ def _pixels(
 
 @torch.inference_mode()
 def _class_means(
-    fabric: Fabric, network: nn.Module, images: Images, settings: TargetSettings
+    fabric: Fabric,
+    network: nn.Module,
+    images: Images,
+    settings: TargetSettings,
+    held_out: Tensor | None,
 ) -> Tensor:
     """(K, K) mean logits of the training images of each class that are classified correctly."""
     classes = len(images.classes)
     sums = torch.zeros(classes, classes, dtype=torch.float64, device=fabric.device)
     counts = torch.zeros(classes, dtype=torch.float64, device=fabric.device)
-    for inputs, labels, _ in _pixels(fabric, images, "train", 0, images.counts["train"], settings):
-        logits = network(inputs).double()
+    for inputs, labels, positions in _pixels(
+        fabric, images, "train", 0, images.counts["train"], settings
+    ):
+        logits = _source(network(inputs), positions, held_out).double()
         right = logits.argmax(1) == labels
         sums.index_add_(0, labels[right], logits[right])
         counts += torch.bincount(labels[right], minlength=classes)
     return (sums / counts.clamp_min(1)[:, None]).float()
+
+
+def _source(logits: Tensor, positions: Tensor, held_out: Tensor | None) -> Tensor:
+    """(n, K) what is corrected at n positions: the logits, or their mean with the held-out ones."""
+    if held_out is None:
+        return logits
+    return torch.lerp(logits, held_out[positions].to(logits.device), 0.5)
 
 
 def corrected(
@@ -195,6 +214,7 @@ class _Maker:
     span: Span
     settings: TargetSettings
     means: Tensor | None
+    held_out: Tensor | None
 
     def shapes(self, example: Tensor) -> dict[_Key, tuple[int, ...]]:
         """Shape of one row in each store and phase."""
@@ -207,7 +227,9 @@ class _Maker:
             (VALIDATION, 1): read.shape[1:],
         }
 
-    def rows(self, split: str, inputs: Tensor, labels: Tensor) -> tuple[_Rows, Reversal | None]:
+    def rows(
+        self, split: str, inputs: Tensor, labels: Tensor, positions: Tensor
+    ) -> tuple[_Rows, Reversal | None]:
         """The rows of a batch, and how the first module behind the span was reversed."""
         read = self.span.before(inputs)
         if split == "val":
@@ -215,7 +237,8 @@ class _Maker:
         passed = [self.span.inside(read)]
         for module in self.span.behind:
             passed.append(module(passed[-1]))
-        target, reversal = corrected(passed[-1], labels, self.settings, self.means), None
+        source = _source(passed[-1], positions, self.held_out)
+        target, reversal = corrected(source, labels, self.settings, self.means), None
         if len(self.span.behind):
             found = propagate(list(self.span.behind), target, passed[:-1])
             target, reversal = found.targets[0], found.results[0]
@@ -253,7 +276,7 @@ def _write_part(
         for inputs, labels, positions in _pixels(
             fabric, images, part.split, part.start, stop, settings
         ):
-            rows, reversal = maker.rows(part.split, inputs, labels)
+            rows, reversal = maker.rows(part.split, inputs, labels, positions)
             facts.add(rows, reversal)
             for key, writer in writers.items():
                 writer.append(rows[key].cpu(), positions.numpy(), labels.cpu().numpy())
