@@ -1,7 +1,11 @@
-"""The study behind the judge of maturity: runs left out in five ways, beside what others use.
+"""The study behind the judge of maturity: runs left out in nine ways, beside what others use.
 
 python benchmarks/maturity.py FOLDER --raw DATA            # train, describe and judge all runs
 python benchmarks/maturity.py FOLDER --raw DATA --write    # and keep the tables and the judge
+
+A fine run has few images and many epochs, so that its loss comes down to where it stays: maturity
+is the share of the run's own fall, and where runs end half-way the same maps would have to be
+called finished in one run and begun in another.
 
 FOLDER holds all state: a call that was stopped goes on where it was, and several calls with
 --share 1/2 and 2/2 train and describe side by side. DATA holds MNIST and Fashion-MNIST as
@@ -53,23 +57,29 @@ from fmce_ops.training.study import Checkpoint, choose_points, describe_run, rea
 from scipy.stats import spearmanr
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.ops.misc import Conv2dNormActivation
 
 DATA = {
-    "digits": ("digits", 100),
-    "mnist": ("mnist", 150),
-    "fashion": ("fashion-mnist", 150),
-    "cifar": ("image-folder", 150),
+    "digits": "digits",
+    "mnist": "mnist",
+    "fashion": "fashion-mnist",
+    "cifar": "image-folder",
 }
+PER_CLASS, FEW = 50, 20  # training images; FEW for runs that overfit
+EPOCHS, MANY = 72, 100
 NETWORKS = {
     "s05": ("shufflenet_v2_x0_5", "small", None),
     "s10": ("shufflenet_v2_x1_0", "small", None),
     "r20": ("fmce_ops.models.cifar:resnet20", "standard", "layer3"),
     "cnn": ("maturity:cnn", "standard", "block3"),
+    "mob": ("maturity:mobile", "standard", "last"),
 }
 MODULES = {
     "s05": ("stage2", "stage3", "stage4", "conv5"),
     "r20": ("layer1", "layer2", "layer3"),
     "cnn": ("block1", "block2", "block3"),
+    "mob": ("block1", "block2", "block3", "last"),
 }
 SIZE, IMAGES, CHECKPOINTS, PHASES = 16, 256, 12, 10
 PLAN, FOLDS = JudgePlan(steps=400), 3
@@ -92,6 +102,22 @@ def cnn(num_classes: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
+def mobile(num_classes: int) -> nn.Module:
+    """Inverted residuals in three blocks of 32 to 96 channels, as in MobileNet V2."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["stem"] = Conv2dNormActivation(3, 24, activation_layer=nn.ReLU6)
+    channels = 24
+    for number, width in enumerate((32, 64, 96), start=1):
+        first = InvertedResidual(channels, width, stride=1 if number == 1 else 2, expand_ratio=3)
+        second = InvertedResidual(width, width, stride=1, expand_ratio=3)
+        layers[f"block{number}"] = nn.Sequential(first, second)
+        channels = width
+    layers["last"] = Conv2dNormActivation(channels, 256, 1, activation_layer=nn.ReLU6)
+    layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
+    layers["fc"] = nn.Linear(256, num_classes)
+    return nn.Sequential(layers)
+
+
 @dataclass(frozen=True)
 class Spec:
     """A run of the study; what makes it other than fine comes after the seed."""
@@ -111,7 +137,7 @@ class Spec:
         parts += [f"frozen{self.frozen}"] if self.frozen else []
         parts += ["shuffled1"] if self.shuffled else []
         parts += [f"lr{self.lr}"] if self.lr else []
-        return "-".join([*parts, "per20-noaug1-epochs100"] if self.few else parts)
+        return "-".join([*parts, "few"] if self.few else parts)
 
     @property
     def start(self) -> tuple[str, int]:
@@ -126,7 +152,7 @@ class Spec:
     @property
     def epochs(self) -> int:
         """Of training."""
-        return 100 if self.few else 24
+        return MANY if self.few else EPOCHS
 
 
 def specs() -> list[Spec]:
@@ -135,7 +161,6 @@ def specs() -> list[Spec]:
     found += [Spec(d, "s10", 0) for d in DATA]
     found += [Spec(d, "s05", 2) for d in DATA]
     frozen = ["cifar r20", "fashion s05", "digits cnn", "mnist r20", "digits s05", "fashion cnn"]
-    frozen += ["cifar s05", "cifar cnn", "fashion r20"]
     for data, network in map(str.split, frozen):
         found += [Spec(data, network, 5, frozen=module) for module in MODULES[network]]
     for data, network in (("fashion", "s05"), ("cifar", "r20")):
@@ -145,19 +170,19 @@ def specs() -> list[Spec]:
     return [*found, Spec("mnist", "cnn", 6, shuffled=True), Spec("digits", "s05", 6, lr=1e-5)]
 
 
-def images_of(folder: Path, raw: Path, data: str, per_class: int) -> Images:
+def images_of(folder: Path, raw: Path, data: str, per_class: int = PER_CLASS) -> Images:
     """The prepared data set."""
     path = folder / f"{data}-{SIZE}-{per_class}.h5"
     if not path.exists():
         root = raw / "cifar10" if data == "cifar" else raw
         options = {"per_class": per_class, "validation": 0.05, "test": 0.2, "seed": 0}
-        prepare(DATA[data][0], path, root=root, image_size=SIZE, **options)
+        prepare(DATA[data], path, root=root, image_size=SIZE, **options)
     return Images.open(path)
 
 
 def inputs_of(spec: Spec, folder: Path, raw: Path) -> tuple[Tensor, Tensor, int]:
     """The images that are described, as a network takes them, their labels, and the classes."""
-    images = images_of(folder, raw, spec.data, DATA[spec.data][1])
+    images = images_of(folder, raw, spec.data)
     pixels, labels = images.load("train")
     chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))[:IMAGES]
     inputs = to_input(pixels[chosen], size=SIZE, mean=images.mean, std=images.std)
@@ -176,7 +201,7 @@ def train(spec: Spec, folder: Path, raw: Path) -> list[float]:
     done = folder / "runs16" / spec.name / "done.json"
     if done.exists():
         return list(json.loads(done.read_text())["train"])
-    images = images_of(folder, raw, spec.data, 20 if spec.few else DATA[spec.data][1])
+    images = images_of(folder, raw, spec.data, FEW if spec.few else PER_CLASS)
     network = build_network(spec, len(images.classes))
     done.parent.mkdir(parents=True, exist_ok=True)
     save_weights(point_file(done.parent, 0), network.state_dict(), {})
@@ -209,9 +234,8 @@ def train(spec: Spec, folder: Path, raw: Path) -> list[float]:
 def truth(losses: Sequence[float], fine: Sequence[float]) -> list[float]:
     """Maturity at every point: of a run that is not fine, on the scale of one that is."""
     if losses is fine:
-        markers = epoch_markers(losses, 1, 1e-9, method="ema")
-        return maturity(losses, markers, method="ema").tolist()
-    own, scale = (np.log(smooth(curve, method="ema")) for curve in (losses, fine))
+        return maturity(losses, epoch_markers(losses, 1, 1e-9)).tolist()
+    own, scale = (np.log(smooth(curve)) for curve in (losses, fine))
     return ((scale[0] - own) / (scale[0] - scale[-1])).clip(0, 1).tolist()
 
 
