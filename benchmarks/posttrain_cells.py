@@ -182,6 +182,7 @@ def arms(
         "held-out folds, drawn, soft": Arm(soft, drawn(folds)),
         "mean of earlier checkpoints, uncorrected, soft": Arm(soft, earlier),
         "mean of earlier checkpoints, drawn, soft": Arm(soft, drawn(earlier)),
+        "mean of folds and checkpoint, uncorrected, soft": Arm(soft, (folds + logits) / 2),
         "mean of folds and checkpoint, drawn, soft": Arm(soft, drawn((folds + logits) / 2)),
     }
 
