@@ -408,13 +408,11 @@ def judge_split(split: Split, runs: Sequence[Read], folder: Path) -> dict[str, L
 
 
 def learned(split: Split, judged_: Read, runs: Sequence[Read]) -> list[StudiedRun]:
-    """The runs that a judge may learn from: fine ones, and those with a frozen module."""
+    """The runs that a judge may learn from: fine ones."""
     return [
         r.run
         for r in runs
-        if (r.spec.fine or r.spec.frozen)
-        and r.spec != judged_.spec
-        and not split[1](judged_.spec, r.spec)
+        if r.spec.fine and r.spec != judged_.spec and not split[1](judged_.spec, r.spec)
     ]
 
 
@@ -625,7 +623,7 @@ def main() -> None:
     text = report(options.folder, options.raw, runs)
     print(text)
     if options.write:
-        everyone = [r.run for r in runs if r.spec.fine or r.spec.frozen]
+        everyone = [r.run for r in runs if r.spec.fine]
         save_weights(SHIPPED, certain_judge(everyone, PLAN).state_dict(), {})
         Path(__file__).with_suffix(".md").write_text(text)
         draw(options.folder, runs)

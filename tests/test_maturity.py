@@ -8,6 +8,7 @@ import torch
 from fmce_ops.convergence import epoch_markers, maturity, smooth
 from fmce_ops.errors import ModelError, ShardError
 from fmce_ops.maturity import (
+    ALONE,
     DEPTHS,
     DESCRIPTORS,
     SIZES,
@@ -44,7 +45,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision import models
 
-PLAN = JudgePlan(steps=150, batch_size=128, width=16, members=2)
+PLAN = JudgePlan(steps=300, batch_size=128, width=16, members=2)
 
 
 def maps(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -264,6 +265,26 @@ class TestJudge:
                 assert (judge(kind, depth) - truth)[-2:].abs().max() < 0.3
         rows[:, DESCRIPTORS:] += 3.0
         assert not torch.equal(judge(rows, depth), judge(synthetic("new", 99).rows()[0], depth))
+
+    @pytest.mark.parametrize(("count", "unread"), [(0.0, slice(ALONE, -1)), (8.0, slice(ALONE))])
+    def test_half_of_the_members_read_what_other_families_share(
+        self, count: float, unread: slice
+    ) -> None:
+        judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
+        own = torch.randn(1, DESCRIPTORS, generator=torch.Generator().manual_seed(0))
+        own[:, -1] = count  # log2 of the images
+        other = own.clone()
+        other[:, :-1][:, unread] += 1.0
+
+        def votes(rows: torch.Tensor) -> torch.Tensor:
+            return judge.votes(judge.standardised(rows, torch.ones(1)), judge.seen(rows))[:, 0]
+
+        before, after = votes(beside(own, own)), votes(beside(other, other + 1))
+        assert before[0] != after[0]
+        assert before[1] == after[1]
+        changed = own.clone()
+        changed[:, ALONE - 1 : ALONE + 1] += 1.0  # the last of each map, the first between maps
+        assert votes(beside(changed, own))[1] != before[1]
 
     def test_the_last_module_of_one_lies_at_the_end(self) -> None:
         assert depths(1).tolist() == [1.0]

@@ -1,6 +1,12 @@
 """Maturity that transfers: scores for the modules of any network, also one never seen."""
 
-from fmce_ops.maturity.descriptors import DESCRIPTORS, describe, describe_bags, describe_each
+from fmce_ops.maturity.descriptors import (
+    ALONE,
+    DESCRIPTORS,
+    describe,
+    describe_bags,
+    describe_each,
+)
 from fmce_ops.maturity.judge import (
     COVERAGE,
     DEPTHS,
@@ -21,6 +27,7 @@ from fmce_ops.maturity.scoring import next_to_train, score
 from fmce_ops.maturity.start import untrained
 
 __all__ = [
+    "ALONE",
     "COVERAGE",
     "DEPTHS",
     "DESCRIPTORS",

@@ -18,8 +18,9 @@ _SIDE = 8  # of the map whose singular values are taken; larger maps are average
 _ENERGIES = (1, 2, 4, 8, 16, 32)  # directions whose share of the variance over images is read
 _AT_ONCE = 2**20  # numbers that are worked on together, so that they stay near the processor
 _TINY = 1e-12
-_ALONE, _BETWEEN = 4 * len(_QUANTILES) + 7, 4 * len(_QUANTILES) + 4 + len(_ENERGIES)
-DESCRIPTORS = _ALONE + _BETWEEN + 1  # numbers that describe any count of maps
+ALONE = 4 * len(_QUANTILES) + 7  # numbers of each map, the first; then those between maps
+_BETWEEN = 4 * len(_QUANTILES) + 4 + len(_ENERGIES)
+DESCRIPTORS = ALONE + _BETWEEN + 1  # numbers that describe any count of maps
 
 
 def describe(maps: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmce_ops.errors import ModelError
-from fmce_ops.maturity.descriptors import DESCRIPTORS
+from fmce_ops.maturity.descriptors import ALONE, DESCRIPTORS
 
 SIZES = (1, 16, 64, 256)  # counts of images for which intervals are known
 DEPTHS = 3  # parts of a network, first to last, for which intervals are known
@@ -44,8 +44,9 @@ class Judge(nn.Module):
 
     It knows no channel, no count of channels and no size of map, so that it judges networks that
     it has not seen. A module is read beside the mean of its network's modules; without them it is
-    judged alone, with intervals of its own. All that it needs is in its ``state_dict``: weights,
-    the mean and standard deviation of what is read, and half the width of the intervals.
+    judged alone, with intervals of its own. Half of the members read less, see :meth:`seen`. All
+    that it needs is in its ``state_dict``: weights, the mean and standard deviation of what is
+    read, and half the width of the intervals.
 
     Parameters
     ----------
@@ -72,9 +73,23 @@ class Judge(nn.Module):
         inputs = (torch.cat([rows, depth[:, None]], dim=1) - self.mean) / self.std
         return inputs.clamp(-_LIMIT, _LIMIT).nan_to_num(0.0)
 
-    def votes(self, inputs: Tensor, drop: float = 0.0) -> Tensor:
+    def seen(self, rows: Tensor) -> Tensor:
+        """What each member reads of rows (N, READ): bool (members, N, READ + 1).
+
+        The first half reads all. The others read what carries over to other families: the module
+        without its network, and of several maps only what lies between them.
+        """
+        place = torch.arange(READ + 1, device=rows.device)
+        several = rows[:, DESCRIPTORS - 1 : DESCRIPTORS] > 0
+        numbers = (place < DESCRIPTORS - 1) & ((place >= ALONE) == several)
+        less = numbers | (place == DESCRIPTORS - 1) | (place == READ)  # the count and the depth
+        members = len(self.weights[0])
+        all_of_it = torch.ones_like(less).expand(members - members // 2, *less.shape)
+        return torch.cat([all_of_it, less.expand(members // 2, *less.shape)])
+
+    def votes(self, inputs: Tensor, seen: Tensor, drop: float = 0.0) -> Tensor:
         """Logits of the maturity, (members, N), of standardised inputs (N, READ + 1)."""
-        hidden = inputs.expand(len(self.weights[0]), *inputs.shape)
+        hidden = inputs * seen
         layers = list(zip(self.weights, self.biases, strict=True))
         for weight, bias in layers[:-1]:
             hidden = F.dropout(F.gelu(torch.baddbmm(bias, hidden, weight)), drop, drop > 0)
@@ -88,7 +103,8 @@ class Judge(nn.Module):
         rows : (N, READ), of :func:`beside` or :func:`alone`.
         depth : (N,), where the module lies: 0 the first of its network, 1 the last.
         """
-        return self.votes(self.standardised(rows, depth)).sigmoid().mean(0)
+        votes = self.votes(self.standardised(rows, depth), self.seen(rows))
+        return votes.sigmoid().mean(0)
 
     @torch.no_grad()
     def scores(self, rows: Tensor, depth: Tensor) -> list[Score]:

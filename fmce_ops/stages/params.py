@@ -113,7 +113,7 @@ class PosttrainParams(Section):
     modules: Modules | None = None  # names or first..last; null: the last before the head
     mode: Literal["mixed", "local", "soft"] = "mixed"  # local, soft: the targets alone
     margin: Weight = 1.0  # of the corrected logits
-    pull: Fraction = 0.0  # of the corrected logits towards the mean of their class
+    pull: Fraction = 0.5  # of the corrected logits towards the mean of their class
     folds: Folds = 0  # networks whose logits of unseen images join the checkpoint's
     alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 1.0)  # weights of targets
     epochs: Count = 10

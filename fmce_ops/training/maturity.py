@@ -100,7 +100,8 @@ def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
         clean = judge.standardised(read[chosen], depth[chosen])
         clean[torch.rand(len(clean)) < _ALONE, DESCRIPTORS:-1] = 0.0
         noisy = clean + _NOISE * torch.randn_like(clean)
-        loss = (judge.votes(noisy, _DROP).sigmoid() - truth[chosen]).square().mean()
+        votes = judge.votes(noisy, judge.seen(read[chosen]), _DROP).sigmoid()
+        loss = (votes - truth[chosen]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
