@@ -68,6 +68,7 @@ DATA = {
 }
 PER_CLASS, FEW = 50, 20  # training images; FEW for runs that overfit
 EPOCHS, MANY = 72, 100
+TOO_HIGH, TOO_LOW = 0.1, 1e-5  # learning rates
 NETWORKS = {
     "s05": ("shufflenet_v2_x0_5", "small", None),
     "s10": ("shufflenet_v2_x1_0", "small", None),
@@ -150,6 +151,14 @@ class Spec:
         return not (self.frozen or self.shuffled or self.lr or self.few)
 
     @property
+    def teaches(self) -> bool:
+        """Whether a judge may learn from it: fine, or hardly away from its start.
+
+        The start itself has batch norms that know no image, which a run of fine ones never has.
+        """
+        return self.fine or self.lr == TOO_LOW
+
+    @property
     def epochs(self) -> int:
         """Of training."""
         return MANY if self.few else EPOCHS
@@ -165,9 +174,10 @@ def specs() -> list[Spec]:
         found += [Spec(data, network, 5, frozen=module) for module in MODULES[network]]
     for data, network in (("fashion", "s05"), ("cifar", "r20")):
         base = Spec(data, network, 6)
-        found += [replace(base, shuffled=True), replace(base, lr=0.1), replace(base, lr=1e-5)]
+        found += [replace(base, shuffled=True), replace(base, lr=TOO_HIGH)]
+        found += [replace(base, lr=TOO_LOW)]
         found += [replace(base, few=True)]
-    return [*found, Spec("mnist", "cnn", 6, shuffled=True), Spec("digits", "s05", 6, lr=1e-5)]
+    return [*found, Spec("mnist", "cnn", 6, shuffled=True), Spec("digits", "s05", 6, lr=TOO_LOW)]
 
 
 def images_of(folder: Path, raw: Path, data: str, per_class: int = PER_CLASS) -> Images:
@@ -392,8 +402,8 @@ SPLITS: list[Split] = [
     ("unseen family", lambda a, b: a.network[0] == b.network[0], lambda s: s.fine),
     ("unseen data set", lambda a, b: a.data == b.data, lambda s: s.fine),
     ("labels shuffled", lambda a, b: a == b, lambda s: s.shuffled),
-    ("learning rate too high", lambda a, b: a == b, lambda s: s.lr == 0.1),
-    ("learning rate too low", lambda a, b: a == b, lambda s: s.lr == 1e-5),
+    ("learning rate too high", lambda a, b: a == b, lambda s: s.lr == TOO_HIGH),
+    ("learning rate too low", lambda a, b: a == b, lambda s: s.lr == TOO_LOW),
     ("overfitted", lambda a, b: a == b, lambda s: s.few),
     ("one module frozen", lambda a, b: a.start == b.start, lambda s: bool(s.frozen)),
 ]
@@ -408,11 +418,11 @@ def judge_split(split: Split, runs: Sequence[Read], folder: Path) -> dict[str, L
 
 
 def learned(split: Split, judged_: Read, runs: Sequence[Read]) -> list[StudiedRun]:
-    """The runs that a judge may learn from: fine ones."""
+    """The runs that the judge of a run may learn from."""
     return [
         r.run
         for r in runs
-        if r.spec.fine and r.spec != judged_.spec and not split[1](judged_.spec, r.spec)
+        if r.spec.teaches and r.spec != judged_.spec and not split[1](judged_.spec, r.spec)
     ]
 
 
@@ -623,7 +633,7 @@ def main() -> None:
     text = report(options.folder, options.raw, runs)
     print(text)
     if options.write:
-        everyone = [r.run for r in runs if r.spec.fine]
+        everyone = [r.run for r in runs if r.spec.teaches]
         save_weights(SHIPPED, certain_judge(everyone, PLAN).state_dict(), {})
         Path(__file__).with_suffix(".md").write_text(text)
         draw(options.folder, runs)
