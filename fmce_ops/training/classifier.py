@@ -8,7 +8,7 @@ draw follows from (seed, epoch, step) alone.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def train_classifier(
     monitor = ConvergenceMonitor()
     reporter.begin("train", plan.points)
     for i in range(len(progress.history)):
-        reporter.row(_row(progress, i, monitor))
+        reporter.row(replace(_row(progress, i, monitor), again=True))
     for point in range(len(progress.history) + 1, plan.points + 1):
         _train_point(fabric, module, optimizer, batches, validation, plan, point, progress)
         if fabric.is_global_zero:

@@ -68,7 +68,7 @@ def extract(
     loaded, shards = 0, []
     for step, part in enumerate(mine, start=1):
         started = time.perf_counter()
-        shard = existing(folder, **_layout(part, settings))
+        shard = kept = existing(folder, **_layout(part, settings))
         if shard is None:
             if loaded != part.phase:
                 load_into(classifier, checkpoints[part.phase - 1])
@@ -77,7 +77,8 @@ def extract(
         shards.append(shard)
         speed = part.count / (time.perf_counter() - started)
         values = {"phase": float(part.phase), "images_per_second": speed}
-        reporter.row(Row(step, values, time.time_ns() // 1_000_000))
+        now = time.time_ns() // 1_000_000
+        reporter.row(Row(step, values, now, again=kept is not None))
     return sorted(_gathered(fabric, shards), key=lambda shard: (shard.phase, shard.part))
 
 

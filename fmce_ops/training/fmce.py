@@ -7,7 +7,7 @@ of an image are on one side of every split, unless the paper's split over maps i
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def train_fmce(
     module, optimizer = fabric.setup(network, optimizer)
     reporter.begin("fmce", plan.epochs)
     for i in range(len(progress.history)):
-        reporter.row(_row(progress, i))
+        reporter.row(replace(_row(progress, i), again=True))
     for epoch in range(len(progress.history), plan.epochs):
         rows = (train_rows, val_rows)
         _train_epoch(fabric, module, optimizer, store, rows, plan, epoch, progress)

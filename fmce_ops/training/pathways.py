@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +168,7 @@ def train_paths(
     module, optimizer = fabric.setup(decoupled, optimizer)
     reporter.begin("pathways", plan.epochs)
     for epoch in progress.history:
-        reporter.row(epoch.row())
+        reporter.row(replace(epoch.row(), again=True))
     for number in range(len(progress.history) + 1, plan.epochs + 1):
         trained = _train_epoch(fabric, module, decoupled.loss, optimizer, batches, plan, number)
         settle(network, batches, number)

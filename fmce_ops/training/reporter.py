@@ -1,7 +1,7 @@
 """How a loop tells what it does: a small protocol, so that loops know no MLflow and no terminal."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -10,11 +10,13 @@ class Row:
     """What one step of a loop (an epoch, a recorded point, a shard) came to.
 
     ``time`` is in milliseconds since 1970; ``values`` has finite numbers only.
+    ``again`` says that the step was done before a resumption, and is told again.
     """
 
     step: int
     values: Mapping[str, float]
     time: int
+    again: bool = field(default=False, compare=False)  # of the telling, not of the step
 
 
 class Reporter(Protocol):
@@ -24,7 +26,7 @@ class Reporter(Protocol):
         """A loop of ``total`` steps starts or goes on."""
 
     def row(self, row: Row) -> None:
-        """A step is done. After a resumption the earlier steps are told again."""
+        """A step is done. After a resumption the earlier steps are told again, marked so."""
 
 
 class Reporters:

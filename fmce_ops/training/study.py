@@ -78,7 +78,7 @@ def describe_run(
     for phase, checkpoint in enumerate(checkpoints, start=1):
         layout: dict[str, Any] = {"phase": phase, "part": 0, "start": 0, "count": len(sizes)}
         layout |= {"shape": shape, "dtype": "float32", "compression": None}
-        shard = existing(folder, **layout)
+        shard = kept = existing(folder, **layout)
         if shard is None:
             load_into(classifier, checkpoint.file)
             maps = module_maps(classifier, inputs, modules)
@@ -88,7 +88,8 @@ def describe_run(
             shard = writer.close()
         shards.append(shard)
         values = {"maturity": checkpoint.maturity, "point": float(checkpoint.point)}
-        reporter.row(Row(step + phase, values, time.time_ns() // 1_000_000))
+        now = time.time_ns() // 1_000_000
+        reporter.row(Row(step + phase, values, now, again=kept is not None))
     known = {
         "modules": [module.name for module in modules],
         "maturity": [checkpoint.maturity for checkpoint in checkpoints],

@@ -127,13 +127,15 @@ def write_targets(
     reporter.begin(f"targets of {span.name}", len(mine))
     for step, part in enumerate(mine, start=1):
         began = time.perf_counter()
-        if not (folder / part.record).exists():
+        kept = (folder / part.record).exists()
+        if not kept:
             write_json(
                 folder / part.record,
                 _write_part(fabric, maker, images, settings, folder, part, shapes),
             )
         speed = part.count / (time.perf_counter() - began)
-        reporter.row(Row(step, {"images_per_second": speed}, time.time_ns() // 1_000_000))
+        now = time.time_ns() // 1_000_000
+        reporter.row(Row(step, {"images_per_second": speed}, now, again=kept))
     fabric.barrier()  # every part is on the disk
     read = [json.loads((folder / part.record).read_text(encoding="utf-8")) for part in parts]
     if fabric.is_global_zero:
