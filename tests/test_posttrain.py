@@ -42,6 +42,7 @@ from fmce_ops.training.targets import (
     TARGET,
     TargetSettings,
     find_span,
+    find_spans,
     most_changed,
     write_targets,
 )
@@ -101,11 +102,35 @@ def test_modules_are_found_by_name_and_range():
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("stage9", "does not have"), ("conv5..stage2", "ends before it begins")]
+    ("name", "words"),
+    [
+        ("stage9", "does not have: choose among conv1, stage2, stage3, stage4, conv5, head.$"),
+        ("conv5..stage2", "ends before it begins"),
+        ("maxpool", "no weights to train: choose among conv1, stage2, stage3, stage4, conv5, head"),
+    ],
 )
 def test_a_span_that_is_none_is_named(name, words):
     with pytest.raises(ModelError, match=words):
         find_span(functional_modules(network()), name)
+
+
+@pytest.mark.parametrize(
+    ("names", "module"),
+    [
+        (("conv5", "conv5"), "conv5"),
+        (("conv5", "stage4..conv5"), "conv5"),
+        (("conv1..stage3", "stage2"), "stage2"),
+    ],
+)
+def test_a_module_in_two_spans_is_named(names, module):
+    with pytest.raises(ModelError) as error:
+        find_spans(functional_modules(network()), names)
+    assert str(error.value) == (
+        f"posttrain.modules has {module!r} in two spans, {names[0]!r} and {names[1]!r}: "
+        "leave one of them out, or make them one span."
+    )
+    apart = find_spans(functional_modules(network()), ("conv5", "stage2..stage4"))
+    assert [span.name for span in apart] == ["conv5", "stage2..stage4"]
 
 
 def test_targets_classify_as_they_should_and_own_outputs_are_the_spans(made, images):

@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Margin = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Modules = Annotated[tuple[str, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Folds = Literal[0, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # one fold would leave nothing to learn from
@@ -112,7 +113,7 @@ class PosttrainParams(Section):
 
     modules: Modules | None = None  # names or first..last; null: the last before the head
     mode: Literal["mixed", "local", "soft"] = "mixed"  # local, soft: the targets alone
-    margin: Weight = 1.0  # of the corrected logits
+    margin: Margin = 1.0  # of the corrected logits
     pull: Fraction = 0.5  # of the corrected logits towards the mean of their class
     folds: Folds = 0  # networks whose logits of unseen images join the checkpoint's
     alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 1.0)  # weights of targets

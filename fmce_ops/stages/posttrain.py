@@ -49,7 +49,7 @@ from fmce_ops.training.targets import (
     VALIDATION,
     Span,
     TargetSettings,
-    find_span,
+    find_spans,
     most_changed,
     write_targets,
 )
@@ -129,8 +129,7 @@ class _Study:
 
     def spans_of(self, classifier: Classifier) -> list[Span]:
         """The same spans of a copy of the network."""
-        modules = functional_modules(classifier)
-        return [find_span(modules, name) for name in self.params.posttrain.modules or [None]]
+        return find_spans(functional_modules(classifier), self.params.posttrain.modules)
 
     def pairs(self) -> list[tuple[Arm, int]]:
         """Every arm with every seed."""

@@ -57,25 +57,60 @@ def find_span(modules: Mapping[str, nn.Module], name: str | None) -> Span:
     Raises
     ------
     ModelError
-        There is no such module, or the last comes before the first.
+        There is no such module, the last comes before the first, or the span has no weights.
     """
-    names = list(modules)
+    names, weighted = list(modules), [known for known in modules if _has_weights(modules[known])]
     if name is None:
-        name = [known for known in names[:-1] if any(True for _ in modules[known].parameters())][-1]
-    first, _, last = name.partition("..")
+        name = [known for known in names[:-1] if known in weighted][-1]
+    start, stop = _bounds(names, weighted, name)
+    chain = list(modules.values())
+    parts = chain[:start], chain[start:stop], chain[stop:]
+    return Span(name, *(nn.Sequential(*part) for part in parts))
+
+
+def _bounds(names: list[str], weighted: list[str], span: str) -> tuple[int, int]:
+    """Where a span starts and stops; ``weighted`` are the names of modules with weights."""
+    first, _, last = span.partition("..")
     last = last or first
     for end in (first, last):
         if end not in names:
             raise ModelError(
                 f"posttrain.modules names {end!r}, which the network does not have: "
-                f"choose among {', '.join(names)}."
+                f"choose among {', '.join(weighted)}."
             )
     start, stop = names.index(first), names.index(last) + 1
-    chain = list(modules.values())
     if start >= stop:
-        raise ModelError(f"the span {name!r} of posttrain.modules ends before it begins.")
-    parts = chain[:start], chain[start:stop], chain[stop:]
-    return Span(name, *(nn.Sequential(*part) for part in parts))
+        raise ModelError(f"the span {span!r} of posttrain.modules ends before it begins.")
+    if not set(weighted) & set(names[start:stop]):
+        raise ModelError(
+            f"the span {span!r} of posttrain.modules has no weights to train: "
+            f"choose among {', '.join(weighted)}."
+        )
+    return start, stop
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def find_spans(modules: Mapping[str, nn.Module], names: Sequence[str] | None) -> list[Span]:
+    """Every span of ``posttrain.modules``, or the one that `find_span` gives for None.
+
+    Raises
+    ------
+    ModelError
+        A span is none, or a module is in two of them.
+    """
+    wanted: Sequence[str | None] = names or [None]
+    spans = [find_span(modules, name) for name in wanted]
+    for position, module in enumerate(modules):
+        within = [s.name for s in spans if 0 <= position - len(s.before) < len(s.inside)]
+        if len(within) > 1:
+            raise ModelError(
+                f"posttrain.modules has {module!r} in two spans, {within[0]!r} and {within[1]!r}: "
+                "leave one of them out, or make them one span."
+            )
+    return spans
 
 
 @dataclass(frozen=True)
