@@ -37,7 +37,8 @@ import numpy as np
 import torch
 from fmce_ops.convergence import Markers, epoch_markers
 from fmce_ops.data import Augment, Images, TrainBatches, prepare
-from fmce_ops.files import write_json, write_text
+from fmce_ops.errors import DataError, DiskError, FmceError, ParamsError
+from fmce_ops.files import disk_reason, write_json, write_text
 from fmce_ops.models import Classifier, FmceNet, build, feature_shape, load_into
 from fmce_ops.progress import PlainProgress
 from fmce_ops.shards import Manifest, ShardStore, Split, split_by_image, split_paper
@@ -60,7 +61,8 @@ from numpy.typing import NDArray
 RESULTS = Path(__file__).resolve().parent / "results"
 SPLITS = {"image": split_by_image, "paper": split_paper}
 PHASES, TEST, VALIDATION = 10, 0.25, 0.1
-NOT_YET = 75  # exit status
+LEAST = 3  # images of a part: one each to learn from, to choose the epoch by, and to be judged
+NOT_YET, USER_ERROR = 75, 2  # exit statuses
 
 
 @dataclass(frozen=True)
@@ -180,16 +182,27 @@ class Work:
     def seconds(self) -> dict[str, float]:
         """Of each step, over all slices."""
         path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return self.read(path) if path.exists() else {}
+
+    def read(self, path: Path) -> Any:
+        """What an earlier step or slice wrote into the folder."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            if not text.endswith("\n"):  # the start of a number is a number too
+                raise ValueError
+            return json.loads(text)
+        except ValueError as error:
+            raise DataError(
+                f"{path} is damaged: remove the folder {self.folder} and start the cell again."
+            ) from error
 
     @contextmanager
     def clock(self, step: str) -> Iterator[None]:
         """Add the time within to a step, also when the slice ends there."""
-        started = time.monotonic()
+        started, known = time.monotonic(), self.seconds
         try:
             yield
         finally:
-            known = self.seconds
             known[step] = known.get(step, 0.0) + time.monotonic() - started
             write_json(self.folder / "seconds.json", known)
 
@@ -206,10 +219,10 @@ def run(work: Work, data: Path) -> dict[str, Any]:
         with work.clock("prepare"):
             make_images(work, data)
     with Images.open(work.images) as images:
+        parts = parts_of(work, images)  # before the hours of training: the disk may be too small
         history, top1 = train(work, images)
         markers = find_markers(work, history)
         checkpoints = keep_markers(work, markers)
-        parts = parts_of(work, images)
         for number, rows in enumerate(parts):
             learn(work, images, checkpoints, rows, number)
         found = {split: judged(work, images, checkpoints, parts, split) for split in SPLITS}
@@ -220,7 +233,7 @@ def make_images(work: Work, data: Path) -> None:
     """The images of the cell, in one file."""
     name = work.cell.dataset
     folder = data / name
-    plain = (folder / "train").is_dir()
+    plain = name == "mini-imagenet" or (folder / "train").is_dir()
     kind = "image-folder" if plain else name
     classes = 100 if name == "mini-imagenet" else 10
     few = work.setting.images
@@ -267,7 +280,7 @@ def train(work: Work, images: Images) -> tuple[list[Point], float]:
         load_into(network, point_file(where, len(history)))
         top1 = evaluate(work.fabric, network.to(work.fabric.device), tested)[1]
         write_json(done, {"history": [asdict(point) for point in history], "top1": top1})
-    known = json.loads(done.read_text())
+    known = work.read(done)
     return [Point(**row) for row in known["history"]], known["top1"]
 
 
@@ -300,12 +313,30 @@ def extraction(work: Work, images: Images) -> Extraction:
 
 
 def parts_of(work: Work, images: Images) -> list[range]:
-    """The training images in as many pieces as the disk asks for, settled in the first slice."""
+    """The training images in as many pieces as the disk asks for, settled in the first slice.
+
+    Raises
+    ------
+    ParamsError
+        The maps of a piece that can be split do not fit on the disk.
+    """
     count, path = images.counts["train"], work.folder / "parts.json"
     if not path.exists():
         each = PHASES * 2 * math.prod(extraction(work, images).shape)
-        write_json(path, math.ceil(count * each / work.disk))
-    size = math.ceil(count / json.loads(path.read_text()))
+        number = math.ceil(count * each / work.disk)
+        if number > count or len(pieces(count, number)[-1]) < LEAST:
+            raise ParamsError(
+                f"the maps may take {work.disk / 1e9:.3g} GB and those of one image take "
+                f"{each / 1e9:.3g}, which leaves a part with fewer than {LEAST} images: "
+                "give more with --disk."
+            )
+        write_json(path, number)
+    return pieces(count, work.read(path))
+
+
+def pieces(count: int, number: int) -> list[range]:
+    """The images 0 up to ``count`` in ``number`` pieces or fewer; the last is the smallest."""
+    size = math.ceil(count / number)
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -386,9 +417,9 @@ def judged(
                 chosen = rows_of(work, maps, split).test
                 matrix, _ = judge(work.fabric, network, maps, chosen, 256)
             write_json(path, matrix.tolist())
-        total += np.array(json.loads(path.read_text()))
+        total += np.array(work.read(path))
     last = best_of(work, split, len(parts) - 1).parent / "done.json"
-    best = json.loads(last.read_text())
+    best = work.read(last)
     return {
         **asdict(Figures.of(total)),
         "best_epoch": best["epoch"],
@@ -558,44 +589,88 @@ def row_cost(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Do what the command line says; what a user can cause is one sentence and exit 2."""
+    given = parsed(arguments)
+    try:
+        if given.render:
+            render()
+        else:
+            replicate(given)
+    except SliceOverError:
+        print("the slice is over: give the same command again")
+        sys.exit(NOT_YET)
+    except FmceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cell", nargs="?", choices=CELLS)
     parser.add_argument("state", nargs="?", type=Path, help="folder that keeps all that is done")
     parser.add_argument("--data", type=Path, default=Path("data/raw"))
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of this slice")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--disk", type=float, help="GB that maps may take; half of what is free")
+    parser.add_argument("--minutes", type=positive, default=math.inf, help="of this slice")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--disk", type=positive, help="GB that maps may take; half of what is free")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--render", action="store_true", help="write docs/results.md")
     given = parser.parse_args(arguments)
-    if given.render:
-        render()
-        return
-    if given.cell is None or given.state is None:
+    if not given.render and (given.cell is None or given.state is None):
         parser.error("give a cell and a folder for its state, or --render")
+    return given
+
+
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
+    return number
+
+
+def seed(text: str) -> int:
+    """What torch and NumPy take as a seed."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
+    return number
+
+
+def replicate(given: argparse.Namespace) -> None:
+    """Work at a cell, and write its result."""
     name = f"{given.cell}-{given.scale}-{given.seed}"
-    folder = given.state / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with Slice(given.minutes) as reporter:
+        work = work_of(given, made(given.state / name), reporter)
+        found = run(work, given.data)
+    write_json(RESULTS / f"{name}.json", found)
+    shutil.rmtree(work.folder)
+    print(f"{RESULTS.name}/{name}.json is written")
+
+
+def made(folder: Path) -> Path:
+    """The folder of a cell, which is there afterwards."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"{folder} cannot be made a folder ({disk_reason(error)}): "
+            "choose another folder for the state."
+        ) from error
+    return folder
+
+
+def work_of(given: argparse.Namespace, folder: Path, reporter: Slice) -> Work:
+    """What the command line asks for, on this machine."""
     setting = replace(SCALES[given.scale], seed=given.seed)
     if torch.cuda.is_available():
         setting = replace(setting, precision="bf16-mixed")
     disk = 1e9 * given.disk if given.disk else shutil.disk_usage(folder).free / 2
-    with Slice(given.minutes) as reporter:
-        fabric = launch(setting.precision)
-        cell = CELLS[given.cell]
-        work = Work(
-            *(given.cell, given.scale, cell, setting, folder),
-            *(disk, fabric, reporter, given.compile),
-        )
-        try:
-            found = run(work, given.data)
-        except SliceOverError:
-            print("the slice is over: give the same command again")
-            sys.exit(NOT_YET)
-    write_json(RESULTS / f"{name}.json", found)
-    shutil.rmtree(folder)
-    print(f"{RESULTS.name}/{name}.json is written")
+    return Work(
+        *(given.cell, given.scale, CELLS[given.cell], setting, folder),
+        *(disk, launch(setting.precision), reporter, given.compile),
+    )
 
 
 if __name__ == "__main__":

@@ -95,6 +95,77 @@ def test_maps_larger_than_the_disk_are_judged_in_parts(
         assert confusion.sum() == pytest.approx(50 * PHASES, abs=20)
 
 
+def complaint(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command says on standard error before it exits with 2."""
+    with pytest.raises(SystemExit) as end:
+        script.main([str(argument) for argument in arguments])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_state_that_is_damaged_is_named_with_what_to_do(
+    tmp_path: Path, script: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not replicate(script, tmp_path, data, "--minutes", "0.000001")
+    folder = tmp_path / f"{CELL}-cpu-0"
+    in_cell = folder, "start the cell again"
+    for name, (removed, again) in {
+        "seconds.json": in_cell,
+        "parts.json": in_cell,
+        "train/state.pt": (folder / "train", "run the same command again"),
+        "trained.json": in_cell,
+    }.items():
+        path = folder / name
+        whole = path.read_bytes() if path.exists() else b'{"history": []}\n'
+        for cut in (b"", whole[: len(whole) // 2], whole[:-1]):
+            path.write_bytes(cut)
+            said = complaint(script, capsys, CELL, tmp_path, "--data", data)
+            assert said == f"error: {path} is damaged: remove the folder {removed} and {again}.\n"
+        path.write_bytes(whole)
+
+
+def test_what_a_user_can_cause_is_one_sentence(
+    tmp_path: Path, script: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    said = complaint(script, capsys, CELL, tmp_path / "file", "--data", data)
+    folder = tmp_path / "file" / f"{CELL}-cpu-0"
+    assert said == (
+        f"error: {folder} cannot be made a folder (not a directory): "
+        "choose another folder for the state.\n"
+    )
+    empty = tmp_path / "empty"
+    said = complaint(script, capsys, "mini-imagenet-resnet50", tmp_path, "--data", empty)
+    assert said.startswith(f"error: {empty / 'mini-imagenet' / 'train'} does not exist: ")
+    one_image = PHASES * 2 * 1024 / 1e9
+    for images in (0.5, 2.5):
+        said = complaint(
+            script, capsys, CELL, tmp_path, "--data", data, "--disk", images * one_image
+        )
+        assert "a part with fewer than 3 images: give more with --disk." in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--minutes", value) for value in ("nan", "0", "-1", "soon")),
+        *(("--disk", value) for value in ("nan", "0", "-1", "inf")),
+        *(("--seed", value) for value in ("-1", "0.5", str(2**32))),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(
+    tmp_path: Path,
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+) -> None:
+    said = complaint(script, capsys, CELL, tmp_path / "state", f"{option}={value}")
+    assert f"error: argument {option}: " in said
+    assert not (tmp_path / "state").exists()
+
+
 def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: ModuleType) -> None:
     figures = dict.fromkeys(("accuracy", "precision", "recall", "f1", "within_one"), 0.95)
     figures["confusion"] = [[8, 2, 0], [0, 7, 3], [0, 3, 7]]  # six of eight between the last two

@@ -1,11 +1,13 @@
 """What a loop needs to go on: written whole or not at all, read without running anything."""
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fmce_ops.errors import TrainingError
 from fmce_ops.files import atomic
 
 
@@ -24,6 +26,17 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, on the CPU."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """Read what `save_state` wrote, on the CPU.
+
+    Raises
+    ------
+    TrainingError
+        The file is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise TrainingError(
+            f"{path} is damaged: remove the folder {path.parent} and run the same command again."
+        ) from error
     return state
