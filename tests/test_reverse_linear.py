@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fmce_ops.reverse import Status, reverse
+from scipy.sparse.linalg import lsmr
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,3 +117,70 @@ def test_an_answer_beyond_the_bound_is_damped():
     assert result.status.tolist() == [Status.DAMPED]
     assert result.change.item() <= 10 and result.residual.item() < 1
     assert torch.allclose(result.x[0, 1], x0[0, 1], atol=1e-3)
+
+
+SINGULAR = {
+    "square": (nn.Conv2d(4, 4, 3, padding=1), (4, 8, 8)),
+    "larger output": (nn.Conv2d(4, 4, 4, padding=2), (4, 7, 7)),
+    "larger output of fewer channels": (nn.Conv2d(4, 3, 5, padding=4), (4, 5, 5)),
+    "padded 1x1": (nn.Conv2d(8, 8, 1, padding=1), (8, 6, 6)),
+    "depthwise": (nn.Conv2d(4, 4, 5, padding=2, groups=4), (4, 8, 8)),
+    "strided": (nn.Conv2d(4, 8, 3, stride=2, padding=1), (4, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize("dtype", GOAL)
+@pytest.mark.parametrize("name", SINGULAR)
+def test_maps_far_from_their_twins_equal_lsmr(name, dtype, factored, monkeypatch):
+    """Square ones, whose padding makes them ill-conditioned, and ones with too many outputs."""
+    if not factored:
+        monkeypatch.setattr("fmce_ops.reverse.dense._LEAST", 0)
+        monkeypatch.setattr("fmce_ops.reverse.dense._MOST", 0)
+    module, shape = prepared(SINGULAR[name][0], dtype), SINGULAR[name][1]
+    x0 = torch.randn(2, *shape, dtype=dtype)
+    with torch.no_grad():
+        target = module(x0)
+        target = target + 0.3 * torch.randn_like(target)
+    result = reverse(module, target, x0, max_change=1e6)
+    matrix, missing, answer = dense(module, x0, target)
+    general = lsmr(matrix, missing[:, 0], atol=1e-15, btol=1e-15, conlim=0, maxiter=20_000)[0]
+    np.testing.assert_allclose(general, answer[:, 0], rtol=1e-4, atol=1e-4 * abs(answer).max())
+    step = (result.x - x0).double().flatten(1).numpy().T
+    left = [np.linalg.norm(matrix @ d - missing, axis=0) for d in (step, answer)]
+    gap = np.linalg.norm(missing, axis=0)
+    assert ((left[0] - left[1]) / gap < GOAL[dtype]).all()
+    sizes = np.linalg.norm(step, axis=0), np.linalg.norm(answer, axis=0)
+    np.testing.assert_allclose(*sizes, rtol=1e-3 if dtype == torch.float32 else 1e-6)
+    assert set(result.status.tolist()) <= {Status.REACHED, Status.NEAREST}
+
+
+@pytest.mark.parametrize("dtype", GOAL)
+def test_a_linear_map_of_hundreds_of_features_is_factored(dtype):
+    module, x0 = prepared(nn.Linear(600, 600), dtype), torch.randn(2, 600, dtype=dtype)
+    target = module(x0 + torch.randn_like(x0)).detach()
+    result = reverse(module, target, x0)
+    assert result.iterations.tolist() == [0, 0]
+    assert deviation(module, x0, target, result) < 10 * GOAL[dtype]
+
+
+def test_iterations_that_run_out_are_not_called_the_nearest(monkeypatch):
+    monkeypatch.setattr("fmce_ops.reverse.dense._MOST", 0)
+    monkeypatch.setattr("fmce_ops.reverse.linear._ITERATIONS", 10)
+    monkeypatch.setattr("fmce_ops.reverse.linear._PATIENCE", 20)
+    module = prepared(nn.Conv2d(4, 4, 3, padding=1), torch.float32)
+    x0 = torch.randn(2, 4, 8, 8)
+    result = reverse(module, module(x0).detach() + torch.randn(2, 4, 8, 8), x0)
+    assert (result.status == Status.UNFINISHED).all() and (result.residual < 1).all()
+
+
+@pytest.mark.parametrize("size", [16, 40])
+@pytest.mark.parametrize("scale", [1e20, 1e38])
+def test_weights_whose_squares_overflow_give_a_bounded_answer(scale, size):
+    for module, side in [(nn.Conv2d(3, 2, 3, padding=1), size), (nn.Conv2d(3, 3, 3), size)]:
+        module.weight.data *= scale
+        x0 = torch.randn(2, 3, side, side)
+        shape = module(x0).shape
+        result = reverse(module, torch.randn(shape), x0)
+        assert result.x.isfinite().all() and result.change.max() <= 10
+        assert result.residual.max() <= 1

@@ -23,11 +23,11 @@ class Twin:
     Attributes
     ----------
     vectors : (groups, frequencies, c, c), c the lesser number of channels of a group: the
-        eigenvectors of A A^H where there are fewer outputs than inputs, else of A^H A.
+        eigenvectors of A A^H where the output is not larger than the input, else of A^H A.
     adjoint : their inverse, the conjugate transpose.
     values : (groups, frequencies, c, 1) their eigenvalues.
     sides : of the torus.
-    wide : whether there are fewer outputs than inputs.
+    wide : whether the output is not larger than the input.
     """
 
     vectors: Tensor
@@ -65,11 +65,13 @@ def twin_of(module: Any, x: Tensor, y: Tensor, damped: bool) -> Twin | None:
             x.shape[2:], y.shape[2:], module.dilation, module.kernel_size, strict=True
         )
     )
-    twin = _twin(module, sides, x.dtype)
-    values = twin.values
-    if not damped and values.amin() <= _CONDITION * values.amax():
+    # By all values and not by channels: padding makes more outputs than inputs, and then A A^T is
+    # singular.
+    twin = _twin(module, sides, x.dtype, y[0].numel() <= x[0].numel())
+    if twin is None:
         return None
-    return twin
+    well = twin.values.amin() > _CONDITION * twin.values.amax()
+    return twin if damped or well else None
 
 
 def forget_twins() -> None:
@@ -78,11 +80,12 @@ def forget_twins() -> None:
 
 
 @lru_cache(maxsize=4)
-def _twin(module: Any, sides: tuple[int, ...], dtype: torch.dtype) -> Twin:
+def _twin(module: Any, sides: tuple[int, ...], dtype: torch.dtype, wide: bool) -> Twin | None:
     weight = module.weight.detach().to(dtype).unflatten(0, (module.groups, -1))
     waves = _waves(weight, module.dilation, sides)
-    wide = weight.shape[1] <= weight.shape[2]
     gram = (waves @ waves.mH if wide else waves.mH @ waves).conj()
+    if not gram.isfinite().all():
+        return None  # its squares overflow
     values, vectors = torch.linalg.eigh(gram.flatten(1, -3))
     adjoint = vectors.mH.resolve_conj().contiguous()
     return Twin(vectors.contiguous(), adjoint, values.clamp(min=0)[..., None], sides, wide)
@@ -107,7 +110,7 @@ def preconditioned(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor]:
-    """Solve (G + shift) y = goal, G = A A^T where there are fewer outputs than inputs, else A^T A.
+    """Solve (G + shift) y = goal, G = A A^T where the twin is wide, else A^T A.
 
     Parameters
     ----------

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from fmce_ops.errors import ReverseError
 from fmce_ops.reverse.checks import check_module, check_output, check_settings, check_tensors
 from fmce_ops.reverse.circulant import forget_twins
+from fmce_ops.reverse.dense import forget_factors
 from fmce_ops.reverse.linear import is_linear
 from fmce_ops.reverse.newton import Problem, Search, gauss_newton
 from fmce_ops.reverse.products import frozen
 from fmce_ops.reverse.result import Propagation, Reversal, Status
-from fmce_ops.reverse.shortcuts import chain, shortcut
+from fmce_ops.reverse.shortcuts import Known, chain, shortcut
 from fmce_ops.reverse.solver import each, norms
 
 _SLICE = 2**22  # elements of inputs and targets that are worked on at a time
@@ -92,6 +93,7 @@ def reverse_with(settings: Settings, module: nn.Module, target: Tensor, x0: Tens
             return _joined([_reverse_slice(settings, module, *piece) for piece in pieces])
         finally:
             forget_twins()
+            forget_factors()
 
 
 def propagate(
@@ -210,7 +212,8 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     gap, size : (n,) |f(x0) - t| and |x0|.
     """
     search = _start(settings, problem, gap)
-    if not search.stationary.all():
+    answered = settings.shortcuts and is_linear(problem.module)  # nothing is better, good or bad
+    if not answered and not search.stationary.all():
         gauss_newton(problem, search, settings.max_iterations)
         if settings.shortcuts:
             _chained(settings, problem, search, size)
@@ -236,9 +239,9 @@ def _start(settings: Settings, problem: Problem, gap: Tensor) -> Search:
     none = torch.zeros_like(gap, dtype=torch.long)
     search = Search(x0.clone(), gap.clone(), none, none.bool())
     known = shortcut(module, problem.target, x0, problem.damping) if settings.shortcuts else None
-    if known and is_linear(module):  # there is nothing better, good or bad
-        distance = norms(problem.target - module(known[0].clone()))
-        return Search(known[0], distance, known[1], ~none.bool())
+    if known and is_linear(module):
+        distance = norms(problem.target - module(known.x.clone()))
+        return Search(known.x, distance, known.iterations, known.finished)
     if known:
         _take(problem, search, torch.arange(len(x0), device=x0.device), known)
     return search
@@ -253,8 +256,8 @@ def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor)
     known = chain(part.module, part.target, part.x0, settings.tolerance)
     if known is None:
         return
-    within = norms(known[0] - part.x0) <= settings.max_change * size[rows]
-    taken = _take(problem, search, rows[within], (known[0][within], known[1][within]))
+    within = norms(known.x - part.x0) <= settings.max_change * size[rows]
+    taken = _take(problem, search, rows[within], known.take(within))
     again = taken[search.distance[taken] > problem.goal[taken]]
     if len(again):
         second = Search(*(values[again] for values in vars(search).values()))
@@ -265,14 +268,13 @@ def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor)
             values[again] = getattr(second, name)
 
 
-def _take(problem: Problem, search: Search, rows: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
+def _take(problem: Problem, search: Search, rows: Tensor, known: Known) -> Tensor:
     """Put what is known about ``rows`` into the search where it is nearer; returns those rows."""
-    x, spent = known
-    search.iterations[rows] += spent
+    search.iterations[rows] += known.iterations
     if not len(rows):
         return rows
-    distance = norms(problem.target[rows] - problem.module(x.clone()))
+    distance = norms(problem.target[rows] - problem.module(known.x.clone()))
     better = distance < search.distance[rows]
     taken = rows[better]
-    search.x[taken], search.distance[taken] = x[better], distance[better]
+    search.x[taken], search.distance[taken] = known.x[better], distance[better]
     return taken

@@ -1,14 +1,16 @@
 """Linear maps: the least-norm least-squares step, to the precision of the data type."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fmce_ops.reverse.circulant import Twin, preconditioned, twin_of
+from fmce_ops.reverse.dense import dense_step
 from fmce_ops.reverse.products import Linearised
-from fmce_ops.reverse.solver import least_squares, norms, spread
+from fmce_ops.reverse.solver import each, least_squares, norms, spread
 
 TRIVIAL = {nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
 _NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
@@ -28,9 +30,9 @@ _LINEAR = {
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
 }
-_FACTORED = 512  # least side up to which a matrix is factored; above, products are cheaper
 _ROUNDS = 4
 _ITERATIONS = 300  # of the solver in one round
+_PATIENCE = 3000  # iterations in float64 for the samples that this does not finish
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -45,13 +47,46 @@ def is_linear(module: nn.Module) -> bool:
     return (known or inside) and is_plain(module)
 
 
+@dataclass
+class Step:
+    """Where the solver of a linear map stands.
+
+    Attributes
+    ----------
+    step : (n, ...) in float64.
+    iterations : (n,).
+    finished : (n,) whether the step is the answer to the precision that was asked for.
+    """
+
+    step: Tensor
+    iterations: Tensor
+    finished: Tensor
+
+
+@dataclass(frozen=True)
+class _System:
+    """argmin |A d - rest|^2 + damping^2 |d|^2 for n samples: A in its own type and in float64."""
+
+    cheap: Linearised
+    exact: Linearised
+    rest: Tensor
+    damping: Tensor
+    precision: float
+
+    def left(self, step: Tensor) -> Tensor:
+        return self.rest - self.exact.push(step.to(self.exact.dtype))
+
+    def merit(self, rest: Tensor, step: Tensor) -> Tensor:
+        return (norms(rest).square() + (self.damping * norms(step)).square()).sqrt()
+
+
 def linear_step(
     module: nn.Module, x0: Tensor, difference: Tensor, damping: Tensor, precision: float
-) -> tuple[Tensor, Tensor]:
+) -> Step:
     """argmin |A d - difference|^2 + damping^2 |d|^2 of least norm, A the module without its bias.
 
-    A small `Linear` or 1x1 convolution is factored, batch norm is divided channel by channel,
-    everything else is solved by products and refined with residuals in float64.
+    Batch norm is divided channel by channel, a map of up to about a thousand inputs and outputs is
+    factored, everything else is solved by products and refined with residuals in float64.
 
     Parameters
     ----------
@@ -59,16 +94,13 @@ def linear_step(
     difference : (n, ...) target minus output.
     damping : (n,).
     precision : relative error of d that is good enough.
-
-    Returns
-    -------
-    d (n, ...) in float64 and the iterations (n,).
     """
+    none = torch.zeros_like(damping, dtype=torch.long)
     if type(module) in _NORMS:
-        return _divided(module, difference, damping), torch.zeros_like(damping, dtype=torch.long)
-    if _is_dense(module):
-        step = _factored(module, x0, difference, damping)
-        return step, torch.zeros_like(damping, dtype=torch.long)
+        return Step(_divided(module, difference, damping), none, ~none.bool())
+    known = dense_step(module, x0, difference, damping)
+    if known is not None:
+        return Step(known, none, ~none.bool())
     return _refined(module, x0, difference, damping, precision)
 
 
@@ -82,74 +114,70 @@ def _divided(norm: Any, difference: Tensor, damping: Tensor) -> Tensor:
     return difference * torch.where(scale == 0, 0, inverse)
 
 
-def _is_dense(module: Any) -> bool:
-    if type(module) in _CONVOLUTIONS:
-        one = set(module.kernel_size) == {1} and not any(_margins(module.padding))
-        least = min(module.out_channels, module.in_channels) // module.groups
-        return one and least <= _FACTORED
-    return type(module) is nn.Linear and min(module.weight.shape) <= _FACTORED
-
-
-def _margins(padding: str | tuple[int, ...]) -> tuple[int, ...]:
-    return () if isinstance(padding, str) else padding
-
-
-def _factored(module: Any, x0: Tensor, difference: Tensor, damping: Tensor) -> Tensor:
-    """One matrix for all positions: (n, groups, positions, channels) from both sides."""
-    convolution = type(module) in _CONVOLUTIONS
-    groups = module.groups if convolution else 1
-    weight = module.weight.detach().double()
-    u, s, v = torch.linalg.svd(weight.reshape(groups, -1, weight.shape[1]), full_matrices=False)
-    noise = torch.finfo(module.weight.dtype).eps * max(u.shape[1], v.shape[2])
-    s = s.where(s > noise * s.amax(), 0)[:, None]
-    gain = s / (s.square() + damping.double().square().view(-1, 1, 1, 1))
-    gain = torch.where(s == 0, 0, gain)
-    rows = difference.double()
-    if not convolution:
-        return ((rows.reshape(len(x0), 1, -1, rows.shape[-1]) @ u * gain) @ v).reshape(x0.shape)
-    columns = rows.reshape(len(x0), groups, u.shape[1], -1).transpose(2, 3)
-    seen = ((columns @ u * gain) @ v).transpose(2, 3)
-    step = torch.zeros_like(x0, dtype=torch.float64)
-    places = (slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride))
-    step[places] = seen.reshape(step[places].shape)
-    return step
-
-
 def _refined(
     module: nn.Module, x0: Tensor, difference: Tensor, damping: Tensor, precision: float
-) -> tuple[Tensor, Tensor]:
-    """Solves in the input's own type, residuals between them in float64 where no twin helps."""
+) -> Step:
+    """First the fast way in the input's own type; what that does not finish, in float64."""
+    none = torch.zeros_like(damping, dtype=torch.long)
+    found = Step(torch.zeros_like(x0, dtype=torch.float64), none, none.bool())
     cheap = Linearised(module, x0)
     twin = twin_of(module, x0, difference, bool((damping > 0).all()))
-    exact = cheap if twin or x0.dtype == torch.float64 else _widened(module, x0)
-    tolerance = max(precision, torch.finfo(x0.dtype).eps ** 0.5)
-    wide, shift = difference.double(), damping.double().square()
-    step = torch.zeros_like(x0, dtype=torch.float64)
-    dual = torch.zeros_like(wide)
-    count = torch.zeros_like(damping, dtype=torch.long)
-    live, last = torch.ones_like(count, dtype=torch.bool), torch.full_like(damping, torch.inf)
-    for _ in range(_ROUNDS):
-        rest = (wide - exact.push(step.to(exact.dtype))) * spread(live, wide)
-        if twin and twin.wide:
-            rest = rest - spread(shift * live, wide) * dual
-            more, spent = _eased(cheap, twin, rest, shift, tolerance)
-            dual, correction = dual + more, exact.pull(more.to(exact.dtype))
-        else:
-            gradient = exact.pull(rest.to(exact.dtype)) - spread(shift * live, step) * step
-            if twin:
-                correction, spent = _eased(cheap, twin, gradient, shift, tolerance)
-            else:
-                correction, spent = _scaled(cheap, gradient, rest, damping, tolerance)
-        step, count, size = step + correction, count + spent, norms(correction)
-        live = live & (tolerance * size > precision * norms(step)) & (size < last / 2)
-        last = size
-        if not live.any():
-            break
-    return step, count
+    if twin:
+        system = _System(cheap, cheap, difference.double(), damping, precision)
+        _by_twin(system, twin, found)
+    elif x0.dtype != torch.float64:
+        exact = _widened(module, x0)
+        _by_products(
+            _System(cheap, exact, difference.double(), damping, precision), found, _ITERATIONS
+        )
+    rows = (~found.finished).nonzero()[:, 0]
+    if len(rows):
+        exact = _widened(module, x0[rows])
+        system = _System(exact, exact, difference[rows].double(), damping[rows], precision)
+        part = _better_than_nothing(system, found, rows)
+        _by_products(system, part, _PATIENCE)
+        for name, column in vars(found).items():
+            column[rows] = getattr(part, name)
+    return found
 
 
 def _widened(module: nn.Module, x0: Tensor) -> Linearised:
     return Linearised(copy.deepcopy(module).double(), x0.double())
+
+
+def _better_than_nothing(system: _System, found: Step, rows: Tensor) -> Step:
+    """The samples in ``rows``, from 0 again where the fast way has led astray."""
+    part = Step(*(column[rows] for column in vars(found).values()))
+    merit = system.merit(system.left(part.step), part.step)
+    astray = ~(merit < norms(system.rest))  # NaN too
+    part.step[astray] = 0
+    return part
+
+
+def _by_twin(system: _System, twin: Twin, found: Step) -> None:
+    """Finished when the next correction, were it made, would be below the precision."""
+    tolerance = max(system.precision, torch.finfo(system.cheap.dtype).eps ** 0.5)
+    shift, dual = system.damping.square(), torch.zeros_like(system.rest)
+    live, last = ~found.finished, torch.full_like(shift, torch.inf)
+    for _ in range(_ROUNDS):
+        rest = system.left(found.step) * spread(live, system.rest)
+        if twin.wide:
+            rest = rest - spread(shift * live, rest) * dual
+            more, spent = _eased(system.cheap, twin, rest, shift, tolerance)
+            dual, correction = dual + more, system.exact.pull(more.to(system.exact.dtype)).double()
+        else:
+            gradient = system.exact.pull(rest.to(system.exact.dtype)).double()
+            gradient = gradient - spread(shift * live, gradient) * found.step
+            correction, spent = _eased(system.cheap, twin, gradient, shift, tolerance)
+        found.step += correction
+        found.iterations += spent
+        size = norms(correction)
+        solved = live & (spent < _ITERATIONS)
+        found.finished |= solved & (tolerance * size <= system.precision * norms(found.step))
+        live = solved & ~found.finished & (size < last / 2)
+        last = size
+        if not live.any():
+            break
 
 
 def _eased(
@@ -161,10 +189,48 @@ def _eased(
     return found * spread(scale, goal), spent
 
 
+def _by_products(system: _System, found: Step, patience: int) -> None:
+    """CGLS from ``found``, a step in the range of A^T: so is the sum, and the least norm stays.
+
+    Finished when nothing is missing to the precision, or when what is missing is normal to the
+    range of A (Paige and Saunders 1982, the second test of LSQR).
+
+    Parameters
+    ----------
+    patience : iterations of a sample in all rounds.
+    """
+    least = torch.finfo(system.cheap.dtype).eps ** 0.5
+    normal = max(system.precision * 1e-3, 1e-12)
+    size, steepest = norms(system.rest), norms(system.exact.pull(system.rest))
+    spent = torch.zeros_like(found.iterations)
+    live, known, best = ~found.finished, found.step, torch.full_like(size, torch.inf)
+    for _ in range(_ROUNDS + 1):
+        rest = system.left(found.step)
+        merit = system.merit(rest, found.step)
+        worse = live & ~(merit <= best * (1 + 1e-9))  # rounding has the last word
+        found.step = known.where(each(worse, known), found.step)
+        gradient = system.exact.pull(rest)
+        gradient = gradient - spread(system.damping.square(), gradient) * found.step
+        goal = normal * steepest * merit / size
+        slope = norms(gradient)
+        found.finished |= live & ~worse & ((merit <= system.precision * size) | (slope <= goal))
+        live = live & ~worse & ~found.finished & (spent < patience)
+        if not live.any():
+            return
+        tolerance = (goal / slope).clamp(min=least, max=0.5)
+        known, best = found.step, merit
+        gradient = gradient * spread(live, gradient)
+        correction, count = _scaled(system, gradient, merit, tolerance, patience - spent)
+        found.step = found.step + correction
+        found.iterations += count
+        spent += count
+
+
 def _scaled(
-    cheap: Linearised, gradient: Tensor, rest: Tensor, damping: Tensor, tolerance: float
+    system: _System, gradient: Tensor, length: Tensor, tolerance: Tensor, most: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """A gradient of length 1 keeps float32 away from its limits."""
     scale = norms(gradient).clamp(min=torch.finfo(torch.float64).tiny)
-    unit = (gradient / spread(scale, gradient)).to(cheap.dtype)
-    found = least_squares(cheap, unit, norms(rest) / scale, damping, tolerance, _ITERATIONS)
+    unit = (gradient / spread(scale, gradient)).to(system.cheap.dtype)
+    found = least_squares(system.cheap, unit, length / scale, system.damping, tolerance, most)
     return found.step * spread(scale, gradient), found.iterations

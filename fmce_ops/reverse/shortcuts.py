@@ -1,6 +1,7 @@
 """Answers without a search: linear maps, closed forms, and chains of both."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,29 +10,41 @@ from fmce_ops.reverse.inverses import inverse_of
 from fmce_ops.reverse.linear import TRIVIAL, is_linear, is_plain, linear_step
 
 
-def shortcut(
-    module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor
-) -> tuple[Tensor, Tensor] | None:
+@dataclass(frozen=True)
+class Known:
+    """An answer.
+
+    Attributes
+    ----------
+    x : (n, ...).
+    iterations : (n,) of the solver.
+    finished : (n,) whether they were enough.
+    """
+
+    x: Tensor
+    iterations: Tensor
+    finished: Tensor
+
+    def take(self, rows: Tensor) -> "Known":
+        return Known(self.x[rows], self.iterations[rows], self.finished[rows])
+
+
+def shortcut(module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor) -> Known | None:
     """The answer that is known without a search, or None.
 
     Linear maps are answered to the precision of the data type, with damping too; closed forms know
     no damping.
-
-    Returns
-    -------
-    x (n, ...) and the iterations of the solver (n,).
     """
     if is_linear(module):
         return _linear(module, target, x0, damping, _precision(x0))
     inverse = inverse_of(module)
     if inverse is None or damping.any():
         return None
-    return inverse(module, target, x0), torch.zeros_like(damping, dtype=torch.long)
+    none = torch.zeros_like(damping, dtype=torch.long)
+    return Known(inverse(module, target, x0), none, ~none.bool())
 
 
-def chain(
-    module: nn.Module, target: Tensor, x0: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor] | None:
+def chain(module: nn.Module, target: Tensor, x0: Tensor, tolerance: float) -> Known | None:
     """A Sequential backwards, from its last link to its first, or None where a link has no answer.
 
     It needs no derivative and so gets past dead units and far targets, but takes the smallest
@@ -44,15 +57,15 @@ def chain(
     for link in links[:-1]:
         inputs.append(link(inputs[-1].clone()))
     none = x0.new_zeros(len(x0), dtype=torch.float64)
-    count = none.long()
+    count, finished = none.long(), ~none.bool()
     for link, own in zip(reversed(links), reversed(inputs), strict=True):
         inverse = inverse_of(link)
         if inverse:
             target = inverse(link, target, own)
         else:
-            target, spent = _linear(link, target, own, none, tolerance / 10)
-            count += spent
-    return target, count
+            known = _linear(link, target, own, none, tolerance / 10)
+            target, count, finished = known.x, count + known.iterations, finished & known.finished
+    return Known(target, count, finished)
 
 
 def _precision(x0: Tensor) -> float:
@@ -61,10 +74,10 @@ def _precision(x0: Tensor) -> float:
 
 def _linear(
     module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor, precision: float
-) -> tuple[Tensor, Tensor]:
+) -> Known:
     difference = target.double() - module(x0.clone()).double()
-    step, count = linear_step(module, x0, difference, damping, precision)
-    return (x0 + step).to(x0.dtype), count
+    found = linear_step(module, x0, difference, damping, precision)
+    return Known((x0 + found.step).to(x0.dtype), found.iterations, found.finished)
 
 
 def _links(module: nn.Module) -> Iterator[nn.Module]:
