@@ -48,6 +48,7 @@ def test_nearest_logits_equal_a_general_optimiser(seed, classes, margin):
         (torch.zeros(3), torch.tensor([0]), 0.0, "give \\(N, K\\)"),
         (torch.full((1, 2), torch.nan), torch.tensor([0]), 0.0, "NaN or Inf"),
         (torch.zeros(1, 2), torch.tensor([0]), -1.0, "margin"),
+        (torch.zeros(1, 2), torch.tensor([0]), 1e300, "overflow"),
     ],
 )
 def test_nearest_logits_refuse(logits, labels, margin, says):
@@ -184,6 +185,8 @@ class Bad(nn.Module):
         (lambda x: x[:1], "made 1 samples of 3"),
         (lambda x: x[:, :1], "returned \\(3, 1\\)"),
         (lambda x: x.detach() * 2, "no gradient"),
+        (lambda x: x.round().long(), "returned torch.int64"),
+        (lambda x: x > 0, "returned torch.bool"),
     ],
 )
 def test_modules_that_cannot_be_reversed_are_named(forward, says):
@@ -198,9 +201,53 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_runs():
             reverse(module, target, x0)
     with pytest.raises(ReverseError, match="statistics of the batch"):
         reverse(nn.BatchNorm1d(2, track_running_stats=False), x, x)
+    with pytest.raises(ReverseError, match="not a module"):
+        reverse(torch.relu, x, x)
     with pytest.raises(ReverseError, match="tolerance"):
         reverse(module, x, x, tolerance=0)
     assert len(reverse(module, x[:0], x[:0]).x) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "dtype", "says"),
+    [
+        (nn.Linear(5, 4), (3, 4), torch.float32, "Linear cannot take an input \\(3, 4\\)"),
+        (nn.Linear(4, 4), (3, 4), torch.float64, "Linear cannot take .*float64"),
+        (nn.Conv2d(3, 4, 3), (4, 5, 6, 6), torch.float32, "Conv2d cannot take an input"),
+        (nn.Conv2d(4, 4, 3, padding=1), (4, 6, 6), torch.float32, "3 dimensions and not 4"),
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU()), (4, 6), torch.float32, "Conv1d .*not 3"),
+    ],
+)
+def test_inputs_that_the_module_cannot_take_are_named(module, shape, dtype, says):
+    with pytest.raises(ReverseError, match=says):
+        reverse(module, torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_and_statistics_that_are_not_finite_are_named(value):
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module[1].running_var[0] = value
+    with pytest.raises(ReverseError, match=r"NaN or Inf in 1\.running_var"):
+        reverse(module, torch.ones(3, 2), torch.ones(3, 2))
+    module[0].bias.data[1] = value
+    with pytest.raises(ReverseError, match=r"NaN or Inf in 0\.bias"):
+        reverse(module, torch.ones(3, 2), torch.ones(3, 2))
+
+
+def test_a_chain_that_does_not_fit_is_refused_before_anything_is_solved(monkeypatch):
+    monkeypatch.setattr("fmce_ops.reverse.engine.reverse_with", None)
+    head, x = nn.Linear(2, 3), torch.ones(4, 2)
+    wrong = [
+        (nn.Linear(5, 2), x, "Linear cannot take"),
+        (nn.Linear(2, 6), x, "returned \\(2, 6\\) and the next activation is \\(2, 2\\)"),
+        (nn.Linear(2, 2), x[:3], "3 inputs"),
+        (Bad(lambda x: (x, x)), x, "returned a tuple"),
+    ]
+    for module, first, says in wrong:
+        with pytest.raises(ReverseError, match=says):
+            propagate([module, head], torch.zeros(4, 3), [first, x])
+    with pytest.raises(ReverseError, match="the target is"):
+        propagate([nn.Linear(2, 2), head], torch.zeros(4, 2), [x, x])
 
 
 def test_a_module_that_overflows_keeps_its_input():

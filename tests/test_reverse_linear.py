@@ -164,6 +164,15 @@ def test_a_linear_map_of_hundreds_of_features_is_factored(dtype):
     assert deviation(module, x0, target, result) < 10 * GOAL[dtype]
 
 
+def test_a_bias_drowns_no_weight():
+    module = nn.Conv2d(4, 3, 3)
+    x0 = torch.randn(2, 4, 6, 6)
+    module.weight.data *= 1e-12
+    target = module.double()(x0.double() + 1).detach()
+    result = reverse(module, target, x0.double())
+    assert deviation(module, x0.double(), target, result) < 1e-2  # target - output has 4 digits
+
+
 def test_iterations_that_run_out_are_not_called_the_nearest(monkeypatch):
     monkeypatch.setattr("fmce_ops.reverse.dense._MOST", 0)
     monkeypatch.setattr("fmce_ops.reverse.linear._ITERATIONS", 10)

@@ -1,5 +1,8 @@
 """What cannot be reversed is refused with one sentence."""
 
+from collections.abc import Iterable
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -39,8 +42,12 @@ def check_tensors(module: nn.Module, target: Tensor, x0: Tensor) -> None:
         )
 
 
-def check_module(module: nn.Module) -> None:
-    """Refuse what ties the samples of a batch to one another."""
+def check_module(module: nn.Module, x0: Tensor) -> None:
+    """Refuse what ties the samples of a batch to one another, and weights that are not finite."""
+    if not isinstance(module, nn.Module):
+        raise ReverseError(f"a {type(module).__name__} is not a module: wrap it in an nn.Module.")
+    _check_batched(module, x0)
+    _check_weights(module)
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             raise ReverseError(
@@ -49,13 +56,55 @@ def check_module(module: nn.Module) -> None:
             )
 
 
-def check_output(module: nn.Module, y: object, target: Tensor) -> None:
-    """Refuse an output that is not one tensor of the target's shape."""
+def _check_batched(module: nn.Module, x0: Tensor) -> None:
+    """A convolution takes (C, ...) without a batch too, and would take channels for samples."""
+    first = module
+    while isinstance(first, nn.Sequential) and len(first):
+        first = first[0]
+    if isinstance(first, nn.modules.conv._ConvNd) and x0.ndim != len(first.kernel_size) + 2:
+        raise ReverseError(
+            f"the input of {type(first).__name__} is {tuple(x0.shape)}, {x0.ndim} dimensions and "
+            f"not {len(first.kernel_size) + 2}: give (N, C, ...), a batch of samples."
+        )
+
+
+def _check_weights(module: nn.Module) -> None:
+    tensors: Iterable[tuple[str, Tensor]] = chain(module.named_parameters(), module.named_buffers())
+    for place, value in tensors:
+        # A mask of attention holds -Inf, and it is a buffer.
+        strict = isinstance(value, nn.Parameter) or value.is_complex()
+        good = value.isfinite() if strict else value < torch.inf
+        if not good.all():
+            raise ReverseError(
+                f"{type(module).__name__} holds NaN or Inf in {place}: find out what made it."
+            )
+
+
+def forward(module: nn.Module, x0: Tensor) -> object:
+    """What the module makes of x0; an input that does not fit is refused."""
+    try:
+        return module(x0.clone())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ReverseError(
+            f"{type(module).__name__} cannot take an input {tuple(x0.shape)} of {x0.dtype}: give "
+            f"inputs of its shape and type ({reason})."
+        ) from error
+
+
+def check_output(module: nn.Module, y: object, target: Tensor, what: str = "the target") -> Tensor:
+    """The output, refused if it is not one tensor of floats of the target's shape."""
     name = type(module).__name__
     if not isinstance(y, Tensor):
         raise ReverseError(
             f"{name} returned a {type(y).__name__}: only modules that map one tensor to one tensor "
             "can be reversed, so wrap it."
+        )
+    if not y.is_floating_point():
+        raise ReverseError(
+            f"{name} returned {y.dtype}: only modules whose output is of floats can be reversed."
         )
     if y.ndim < 1 or len(y) != len(target):
         count = len(y) if y.ndim else "no"
@@ -65,6 +114,7 @@ def check_output(module: nn.Module, y: object, target: Tensor) -> None:
         )
     if y.shape != target.shape:
         raise ReverseError(
-            f"{name} returned {tuple(y.shape)} and the target is {tuple(target.shape)}: give "
-            "targets of the output's shape."
+            f"{name} returned {tuple(y.shape)} and {what} is {tuple(target.shape)}: give "
+            "one of the output's shape."
         )
+    return y

@@ -108,7 +108,9 @@ def _factors(
 def _matrix(module: nn.Module, shape: torch.Size, device: torch.device) -> Tensor:
     """(1, outputs, inputs) from the images of unit vectors."""
     wide = copy.deepcopy(module).double()
+    for place, value in wide.state_dict().items():
+        if place.endswith(("bias", "running_mean")):  # what is constant; weights may be tiny to it
+            value.zero_()
     units = torch.eye(shape.numel(), dtype=torch.float64, device=device).view(-1, *shape)
-    constant = wide(torch.zeros_like(units[:1]))
-    images = [wide(some.clone()) - constant for some in units.split(_CHUNK)]
+    images = [wide(some.clone()) for some in units.split(_CHUNK)]
     return torch.cat(images).flatten(1).T[None]

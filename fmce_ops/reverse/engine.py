@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fmce_ops.errors import ReverseError
-from fmce_ops.reverse.checks import check_module, check_output, check_settings, check_tensors
+from fmce_ops.reverse.checks import (
+    check_module,
+    check_output,
+    check_settings,
+    check_tensors,
+    forward,
+)
 from fmce_ops.reverse.circulant import forget_twins
 from fmce_ops.reverse.dense import forget_factors
 from fmce_ops.reverse.linear import is_linear
@@ -65,8 +71,9 @@ def reverse(
     Raises
     ------
     ReverseError
-        The module returns several tensors, changes the number of samples, ties them together or is
-        not differentiable; shapes do not fit, settings are out of range, inputs are not finite.
+        The module returns several tensors or integers, changes the number of samples, ties them
+        together or is not differentiable; shapes or types do not fit, settings are out of range,
+        inputs, parameters or buffers are not finite.
 
     Examples
     --------
@@ -85,7 +92,7 @@ def reverse_with(settings: Settings, module: nn.Module, target: Tensor, x0: Tens
         settings.damping, settings.max_iterations, settings.tolerance, settings.max_change
     )
     check_tensors(module, target, x0)
-    check_module(module)
+    check_module(module, x0)
     size = max(1, _SLICE // max(1, x0[:1].numel() + target[:1].numel()))
     with torch.inference_mode(False), torch.no_grad(), frozen(module):
         pieces = zip(target.clone().split(size), x0.clone().split(size), strict=True)
@@ -110,7 +117,8 @@ def propagate(
 
     The reverse step of module n brings its output to ``target``, and what it answers is the target
     of module n-1 (arXiv 2506.07188). A sample whose target equals its own activation is done: no
-    module in front of it is run for it.
+    module in front of it is reversed for it. Before anything is solved, every module is run on the
+    first two samples of its activation, to see that each fits the next.
 
     Parameters
     ----------
@@ -122,7 +130,8 @@ def propagate(
     Raises
     ------
     ReverseError
-        As `reverse`, or if there is not one activation for each module.
+        As `reverse`, or if there is not one activation for each module, or an activation is not of
+        the shape that the module before it makes.
     """
     if not modules or len(modules) != len(activations):
         raise ReverseError(
@@ -132,10 +141,22 @@ def propagate(
     settings = Settings(damping, max_iterations, tolerance, max_change)
     targets, results = [target], list[Reversal]()
     outputs = [*activations[1:], None]
+    for module, x0, output in zip(modules, activations, outputs, strict=True):
+        _check_link(module, x0, target if output is None else output, output is None)
     for module, x0, output in zip(*map(reversed, (modules, activations, outputs)), strict=True):
         results.append(_reverse_changed(settings, module, targets[-1], x0, output))
         targets.append(results[-1].x)
     return Propagation(tuple(reversed(targets)), tuple(reversed(results)))
+
+
+def _check_link(module: nn.Module, x0: Tensor, following: Tensor, last: bool) -> None:
+    check_tensors(module, following, x0)
+    check_module(module, x0)
+    if not len(x0):
+        return
+    with torch.inference_mode(False), torch.no_grad(), frozen(module):
+        y = forward(module, x0[:2])
+        check_output(module, y, following[:2], "the target" if last else "the next activation")
 
 
 def _reverse_changed(
@@ -171,8 +192,7 @@ def _joined(parts: list[Reversal]) -> Reversal:
 def _reverse_slice(settings: Settings, module: nn.Module, target: Tensor, x0: Tensor) -> Reversal:
     if not len(x0):
         return _untouched(x0)
-    y = module(x0.clone())
-    check_output(module, y, target)
+    y = check_output(module, forward(module, x0), target)
     gap, size = norms(target - y), torch.maximum(norms(y), norms(target))
     same = gap.isfinite() & (gap <= _ROUNDING * torch.finfo(x0.dtype).eps * size)
     rows = (~same).nonzero()[:, 0]

@@ -26,7 +26,7 @@ def nearest_logits(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tenso
     Raises
     ------
     ReverseError
-        Shapes that do not fit, labels out of range, logits or a margin that are not finite.
+        Shapes that do not fit, labels out of range; logits, margin or answer that are not finite.
 
     Examples
     --------
@@ -43,7 +43,16 @@ def nearest_logits(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tenso
     rise = _rise(violation)
     raised = wide.gather(1, own) + rise
     nearest = torch.where(violation > rise, raised - margin, wide).scatter(1, own, raised)
-    return nearest.to(logits.dtype)
+    return _finite(nearest.to(logits.dtype), margin)
+
+
+def _finite(nearest: Tensor, margin: float) -> Tensor:
+    if not nearest.isfinite().all():
+        raise ReverseError(
+            f"the nearest logits for a margin of {margin} overflow {nearest.dtype}: give a smaller "
+            "margin."
+        )
+    return nearest
 
 
 def _rise(violation: Tensor) -> Tensor:
