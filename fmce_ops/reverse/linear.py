@@ -135,7 +135,8 @@ def _refined(
         exact = _widened(module, x0[rows])
         system = _System(exact, exact, difference[rows].double(), damping[rows], precision)
         part = _better_than_nothing(system, found, rows)
-        _by_products(system, part, _PATIENCE)
+        coarse = precision > 1e-5  # a start for the search, which is not worth thousands
+        _by_products(system, part, _ITERATIONS if coarse else _PATIENCE)
         for name, column in vars(found).items():
             column[rows] = getattr(part, name)
     return found
