@@ -66,7 +66,7 @@ def found(script: ModuleType) -> dict:
     return whole
 
 
-@pytest.mark.parametrize(("minutes", "most"), [("0.05", 30), ("0.000001", 24 + PHASES + 2 * 2)])
+@pytest.mark.parametrize(("minutes", "most"), [("0.02", 60), ("0.000001", 24 + PHASES + 2 * 2)])
 def test_slices_end_as_one_piece(
     tmp_path: Path, script: ModuleType, data: Path, minutes: str, most: int
 ) -> None:
