@@ -144,8 +144,8 @@ def test_changing_fmce_epochs_runs_only_fmce_and_report(copy: Path) -> None:
 def test_experiments_run_in_place_and_in_copies_with_their_runs_in_the_project(copy: Path) -> None:
     done = command(copy, "dvc", "exp", "run", "-S", "fmce.lr=0.0003")
     assert ran(done.stdout) == ["fmce", "report"]
-    finer = ["-S", "data.per_class=18", "-S", "train.points_per_epoch=3"]
-    command(copy, "dvc", "exp", "run", "--queue", *finer, "fmce")
+    longer = ["-S", "data.per_class=18", "-S", "train.epochs=12"]
+    command(copy, "dvc", "exp", "run", "--queue", *longer, "fmce")
     done = command(
         copy, "dvc", "exp", "run", "--run-all", MLFLOW_TRACKING_URI="sqlite:///mlflow.db"
     )
