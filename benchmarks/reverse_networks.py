@@ -2,6 +2,7 @@
 
 python benchmarks/reverse_networks.py            # prints the table
 python benchmarks/reverse_networks.py --write    # keeps it in benchmarks/reverse_networks.md
+python benchmarks/reverse_networks.py --write --only resnet18    # and the rows of all others
 """
 
 import argparse
@@ -16,7 +17,7 @@ from torchvision import models
 CLASSES = 10
 BATCH = 2
 STEPS = 3  # of training on random labels
-ITERATIONS, MANY = 12, 600
+ITERATIONS, MANY = 12, 1000
 NOISE = 0.05  # of the norm of the stage's input
 # image side, submodule of the last stage
 NETWORKS = {
@@ -58,6 +59,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table beside this file")
     parser.add_argument("--only", nargs="*", help="names of networks")
     options = parser.parse_args()
+    page = Path(__file__).with_suffix(".md")
+    rows = dict.fromkeys(NETWORKS, "")
+    if options.only and page.exists():
+        for line in page.read_text().splitlines(keepends=True):
+            if (name := line[2:].split(" |")[0]) in rows:
+                rows[name] += line
     lines = [
         "# Reverse steps through torchvision's families",
         "",
@@ -75,12 +82,14 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for name in options.only or NETWORKS:
+        rows[name] = ""
         for weights, steps in {"random": 0, "trained": STEPS}.items():
             for boundary, found in study(name, steps).items():
-                lines.append(table_row(f"{name} | {weights} | {boundary}", found))
-                print(lines[-1], flush=True)
+                row = table_row(f"{name} | {weights} | {boundary}", found)
+                print(row, flush=True)
+                rows[name] += f"{row}\n"
         if options.write:
-            Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+            page.write_text("\n".join([*lines, "".join(rows.values())]))
 
 
 def study(name: str, steps: int, *, few: int = ITERATIONS, many: int = MANY) -> dict[str, Reversal]:

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from fmce_ops.errors import ReverseError
-from fmce_ops.reverse import Status, nearest_logits, propagate, reverse
+from fmce_ops.reverse import Status, descent, nearest_logits, propagate, reverse
+from fmce_ops.reverse.problem import Problem, Search
+from fmce_ops.reverse.products import frozen
+from fmce_ops.reverse.quasi_newton import lbfgs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -130,6 +133,72 @@ def test_units_that_rest_inside_are_woken():
         target = module.eval()(x0 + 0.1 * torch.randn_like(x0))
     result = reverse(module, target, x0, max_iterations=200)
     assert result.residual.max() < 0.005 and result.iterations.max() <= 200
+
+
+class Narrow(nn.Module):
+    """Smooth, and so badly conditioned that Gauss-Newton alone does not reach its targets."""
+
+    def __init__(self):
+        super().__init__()
+        first, second = torch.randn(2, 40, 40, dtype=torch.float64).unbind()
+        scales = torch.logspace(0, -4, 40, dtype=torch.float64)
+        self.first = nn.Parameter(first * scales / 6)
+        self.second = nn.Parameter(second * scales / 6)
+
+    def forward(self, x):
+        return torch.tanh(torch.tanh(x @ self.first.T) @ self.second.T)
+
+
+def narrow():
+    torch.manual_seed(2)
+    module, x0 = Narrow(), torch.randn(3, 40, dtype=torch.float64)
+    return module, module(x0 + torch.randn_like(x0)).detach(), x0
+
+
+def searched(module, target, x0, method, limit):
+    gap = (module(x0) - target).norm(dim=1)
+    none = torch.zeros_like(gap)
+    problem = Problem(module, target, x0, none, gap * 1e-3, none + torch.inf)
+    search = Search(x0.clone(), gap.clone(), none.long(), none.bool())
+    with torch.no_grad(), frozen(module):
+        method(problem, search, none.long() + limit)
+    return search, gap
+
+
+def test_lbfgs_lowers_the_distance_for_every_sample_by_itself():
+    module, target, x0 = narrow()
+    together, gap = searched(module, target, x0, lbfgs, 40)
+    assert torch.allclose(together.distance, (module(together.x) - target).norm(dim=1))
+    assert (together.distance < 0.02 * gap).all() and (together.iterations < 60).all()
+    for i in range(3):
+        alone, _ = searched(module, target[i : i + 1], x0[i : i + 1], lbfgs, 40)
+        assert torch.allclose(alone.x[0], together.x[i], rtol=1e-6)
+
+
+def test_lbfgs_stays_within_the_bound_and_keeps_to_the_damping():
+    module, target, x0 = narrow()
+    bound = torch.full((3,), 0.05, dtype=torch.float64)
+    damping = torch.full((3,), 0.5, dtype=torch.float64)
+    gap = (module(x0) - target).norm(dim=1)
+    for weight, within in ((damping * 0, bound), (damping, bound * torch.inf)):
+        problem = Problem(module, target, x0, weight, gap * 1e-3, within)
+        search = Search(x0.clone(), gap.clone(), gap.long() * 0, gap < 0)
+        lbfgs(problem, search, gap.long() * 0 + 300)
+        change = (search.x - x0).norm(dim=1)
+        assert (change <= within).all() and (search.distance < gap).all()
+        if weight.any():
+            slope = torch.func.vjp(module, search.x)[1](target - module(search.x))[0]
+            slope = slope - weight[:, None].square() * (search.x - x0)
+            assert slope.norm() < 1e-3 * gap.norm()
+
+
+def test_where_gauss_newton_ends_lbfgs_goes_on(monkeypatch):
+    module, target, x0 = narrow()
+    both = reverse(module, target, x0, max_iterations=600)
+    monkeypatch.setattr(descent, "lbfgs", lambda *_: None)
+    alone = reverse(module, target, x0, max_iterations=600)
+    assert (both.status == Status.REACHED).all() and both.iterations.max() <= 600
+    assert alone.residual.max() > 0.002 and (alone.status == Status.REACHED).sum() == 1
 
 
 def test_samples_that_need_nothing_are_not_solved_for():

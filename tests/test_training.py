@@ -342,6 +342,11 @@ def test_the_learning_rate_is_that_of_cosine_annealing():
             annealing.step()
 
 
+def test_a_longer_cosine_is_cut():
+    cut = [plan(epochs=3, horizon=4, lr=0.3).learning_rate(epoch) for epoch in range(3)]
+    assert cut == [plan(epochs=4, lr=0.3).learning_rate(epoch) for epoch in range(3)]
+
+
 def test_or_constant():
     rates = {plan(schedule="constant", lr=0.3).learning_rate(epoch) for epoch in range(3)}
     assert rates == {0.3}

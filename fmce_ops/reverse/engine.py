@@ -16,8 +16,9 @@ from fmce_ops.reverse.checks import (
 )
 from fmce_ops.reverse.circulant import forget_twins
 from fmce_ops.reverse.dense import forget_factors
+from fmce_ops.reverse.descent import descend
 from fmce_ops.reverse.linear import is_linear
-from fmce_ops.reverse.newton import Problem, Search, gauss_newton
+from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.products import frozen
 from fmce_ops.reverse.result import Propagation, Reversal, Status
 from fmce_ops.reverse.shortcuts import Known, chain, shortcut
@@ -234,7 +235,7 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     search = _start(settings, problem, gap)
     answered = settings.shortcuts and is_linear(problem.module)  # nothing is better, good or bad
     if not answered and not search.stationary.all():
-        gauss_newton(problem, search, settings.max_iterations)
+        descend(problem, search, settings.max_iterations)
         if settings.shortcuts:
             _chained(settings, problem, search, size)
     status = torch.full_like(search.iterations, Status.UNFINISHED)
@@ -280,12 +281,9 @@ def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor)
     taken = _take(problem, search, rows[within], known.take(within))
     again = taken[search.distance[taken] > problem.goal[taken]]
     if len(again):
-        second = Search(*(values[again] for values in vars(search).values()))
-        second.iterations.zero_()
-        gauss_newton(problem.take(again), second, settings.max_iterations)
-        second.iterations += search.iterations[again]
-        for name, values in vars(search).items():
-            values[again] = getattr(second, name)
+        second = search.take(again)
+        descend(problem.take(again), second, settings.max_iterations)
+        search.put(again, second)
 
 
 def _take(problem: Problem, search: Search, rows: Tensor, known: Known) -> Tensor:

@@ -1,10 +1,11 @@
 """Damped Gauss-Newton: the reverse step of any differentiable module."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.products import Linearised, output_of
 from fmce_ops.reverse.solver import Solution, least_squares, norms, spread
 
@@ -16,50 +17,7 @@ _POOR = 0.9  # part of the residual left by a step whose kinks were too wide
 _NARROWEST, _WIDTH, _WIDEST = 1e-3, 3e-2, 0.3  # of kinks, the second to begin with
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Bring module(x) to ``target`` from ``x0``, n samples.
-
-    Attributes
-    ----------
-    damping, goal, bound : (n,); |x - x0| stays within the last.
-    """
-
-    module: nn.Module
-    target: Tensor
-    x0: Tensor
-    damping: Tensor
-    goal: Tensor
-    bound: Tensor
-
-    def take(self, rows: Tensor) -> "Problem":
-        columns = self.target, self.x0, self.damping, self.goal, self.bound
-        return Problem(self.module, *(column[rows] for column in columns))
-
-    def merit(self, rest: Tensor, x: Tensor) -> Tensor:
-        """(n,) what Gauss-Newton lowers: what is missing to the target, and the damped change."""
-        return (norms(rest).square() + (self.damping * norms(x - self.x0)).square()).sqrt()
-
-
-@dataclass
-class Search:
-    """Where the search stands.
-
-    Attributes
-    ----------
-    x : (n, ...) the best inputs so far.
-    distance : (n,) |module(x) - target|.
-    iterations : (n,) of the least-squares solver.
-    stationary : (n,) whether the linearised module knows no better input near x.
-    """
-
-    x: Tensor
-    distance: Tensor
-    iterations: Tensor
-    stationary: Tensor
-
-
-def gauss_newton(problem: Problem, search: Search, max_iterations: int) -> None:
+def gauss_newton(problem: Problem, search: Search, limit: Tensor) -> None:
     """Improve ``search`` until the distance is within the goal or no step helps.
 
     Every step minimises |J d - r|^2 + damping^2 |x + d - x0|^2 by `least_squares` and is halved
@@ -70,16 +28,16 @@ def gauss_newton(problem: Problem, search: Search, max_iterations: int) -> None:
 
     Parameters
     ----------
-    max_iterations : of the least-squares solver, for each sample.
+    limit : (n,) iterations of the least-squares solver, those before included.
     """
     width = torch.full_like(problem.goal, _WIDTH)
     swept = torch.full_like(problem.goal, torch.inf)  # distances when the narrowest failed
-    rows = (search.distance > problem.goal).nonzero()[:, 0]
+    rows = ((search.distance > problem.goal) & (search.iterations < limit)).nonzero()[:, 0]
     while len(rows):
         here, x = problem.take(rows), search.x[rows]
         linearised = Linearised(here.module, x, here.target, width[rows])
         spent = search.iterations[rows]
-        most = torch.minimum((spent // _SHARE).clamp(min=_LEAST), max_iterations - spent)
+        most = torch.minimum((spent // _SHARE).clamp(min=_LEAST), limit[rows] - spent)
         step = _step(here, x, linearised, width[rows], most)
         search.iterations[rows] += step.iterations.clamp(min=1)
         merit = here.merit(linearised.output.rest(here.target), x)
@@ -91,7 +49,7 @@ def gauss_newton(problem: Problem, search: Search, max_iterations: int) -> None:
         swept[rows] = torch.where(swept_now, distance, swept[rows])
         wider = (width[rows] * torch.where(left > _POOR, 0.5, 2.0)).clamp(_NARROWEST, _WIDEST)
         width[rows] = torch.where(swept_now, _WIDEST, wider)
-        done |= (distance <= here.goal) | (search.iterations[rows] >= max_iterations)
+        done |= (distance <= here.goal) | (search.iterations[rows] >= limit[rows])
         rows = rows[~done]
 
 

@@ -36,7 +36,12 @@ _OPTIMIZERS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train; ``lr`` follows half a cosine over the epochs, or stays ``constant``."""
+    """How to train; ``lr`` follows half a cosine, or stays ``constant``.
+
+    Attributes
+    ----------
+    horizon : epochs of the half cosine; None: all. A longer one is cut before it comes to rest.
+    """
 
     epochs: int
     points_per_epoch: int
@@ -45,6 +50,7 @@ class Plan:
     weight_decay: float
     schedule: str
     seed: int
+    horizon: int | None = None
 
     @property
     def points(self) -> int:
@@ -55,7 +61,7 @@ class Plan:
         """Of the 0-based ``epoch``; cosine annealing steps once an epoch."""
         if self.schedule == "constant":
             return self.lr
-        return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return self.lr * (1 + math.cos(math.pi * epoch / (self.horizon or self.epochs))) / 2
 
 
 @dataclass

@@ -1,0 +1,60 @@
+"""What a search for the input is asked, and where it stands."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fmce_ops.reverse.solver import norms
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Bring module(x) to ``target`` from ``x0``, n samples.
+
+    Attributes
+    ----------
+    damping, goal, bound : (n,); |x - x0| stays within the last.
+    """
+
+    module: nn.Module
+    target: Tensor
+    x0: Tensor
+    damping: Tensor
+    goal: Tensor
+    bound: Tensor
+
+    def take(self, rows: Tensor) -> "Problem":
+        columns = self.target, self.x0, self.damping, self.goal, self.bound
+        return Problem(self.module, *(column[rows] for column in columns))
+
+    def merit(self, rest: Tensor, x: Tensor) -> Tensor:
+        """(n,) what Gauss-Newton lowers: what is missing to the target, and the damped change."""
+        return (norms(rest).square() + (self.damping * norms(x - self.x0)).square()).sqrt()
+
+
+@dataclass
+class Search:
+    """Where the search stands.
+
+    Attributes
+    ----------
+    x : (n, ...) the best inputs so far.
+    distance : (n,) |module(x) - target|.
+    iterations : (n,) of the least-squares solver.
+    stationary : (n,) whether the linearised module knows no better input near x.
+    """
+
+    x: Tensor
+    distance: Tensor
+    iterations: Tensor
+    stationary: Tensor
+
+    def take(self, rows: Tensor) -> "Search":
+        return Search(*(column[rows] for column in vars(self).values()))
+
+    def copy(self) -> "Search":
+        return Search(*(column.clone() for column in vars(self).values()))
+
+    def put(self, rows: Tensor, part: "Search") -> None:
+        for name, column in vars(self).items():
+            column[rows] = getattr(part, name)
