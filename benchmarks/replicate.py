@@ -10,8 +10,9 @@ results into docs/results.md.
 
 DATA holds MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/train, as their
 downloads leave them. The scale ``paper`` is the paper's setting; ``cpu`` is a smaller one for two
-cores. Needs torch, torchvision, h5py, hdf5plugin, safetensors, Lightning Fabric and rich; no
-MLflow, no DVC and no network.
+cores, and ``cpu-cut`` the same with a cosine that is cut before it comes to rest, as the paper's is
+at its last marker, and three times as many epochs of FMCE-Net. Needs torch, torchvision, h5py,
+hdf5plugin, safetensors, Lightning Fabric and rich; no MLflow, no DVC and no network.
 
 Maps that do not fit on the disk are made and judged in parts: FMCE-Net learns from the parts one
 after the other, each with all its epochs, and then every part is made again to be judged.

@@ -272,9 +272,22 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_runs():
         reverse(nn.BatchNorm1d(2, track_running_stats=False), x, x)
     with pytest.raises(ReverseError, match="not a module"):
         reverse(torch.relu, x, x)
-    with pytest.raises(ReverseError, match="tolerance"):
-        reverse(module, x, x, tolerance=0)
     assert len(reverse(module, x[:0], x[:0]).x) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("tolerance", value) for value in (0, 1, "a", None, True)),
+        *(("damping", value) for value in (-1, float("nan"), "a")),
+        *(("max_iterations", value) for value in (0, 2.5, True, "12")),
+        *(("max_change", value) for value in (0, float("inf"), None)),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(name, value):
+    x = torch.ones(3, 2)
+    with pytest.raises(ReverseError, match=f"{name} is .*: give "):
+        reverse(nn.Linear(2, 2), x, x, **{name: value})
 
 
 @pytest.mark.parametrize(

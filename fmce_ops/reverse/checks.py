@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import chain
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,13 @@ _TYPES = (torch.float32, torch.float64)
 
 
 def check_settings(damping: float, max_iterations: int, tolerance: float, bound: float) -> None:
-    """Refuse settings out of range."""
+    """Refuse settings that are no numbers, or out of range."""
+    numbers = {"damping": damping, "tolerance": tolerance, "max_change": bound}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ReverseError(f"{name} is {value!r}: give a number.")
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, Integral):
+        raise ReverseError(f"max_iterations is {max_iterations!r}: give a whole number.")
     if not 0 <= damping < float("inf"):
         raise ReverseError(f"damping is {damping}: give a finite number that is not negative.")
     if max_iterations < 1:
