@@ -76,7 +76,7 @@ def main() -> None:
         "- `stage`: target what the head asked for, whether or not the stage can make it, at most "
         f"{ITERATIONS} iterations.",
         f"- `stage, reachable`: target what the stage makes of its input and {NOISE:.0%} of noise, "
-        f"so that there is an answer; at most {MANY} iterations.",
+        f"so that there is an answer; at most {MANY} iterations, linear stages what they need.",
         "",
         "| network | weights | boundary | residual | change | iterations | status |",
         "|---|---|---|---|---|---|---|",
