@@ -1,10 +1,12 @@
 """The search for the input: two methods that help one another."""
 
 import torch
+from torch import Tensor
 
 from fmce_ops.reverse.newton import gauss_newton
 from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.quasi_newton import lbfgs
+from fmce_ops.reverse.solver import norms
 
 _BLOCK = 500  # iterations of a method before the other one has its turn
 
@@ -28,12 +30,18 @@ def descend(problem: Problem, search: Search, max_iterations: int) -> None:
         here, most, before = problem.take(rows), limit[rows], own.copy()
         left = most - search.iterations[rows]
         gauss_newton(here, own, before.iterations + left.clamp(max=_BLOCK))
-        moved, tried = own.distance < before.distance, own.copy()
+        moved, tried = _cost(here, own) < _cost(here, before), own.copy()
         tried.iterations += search.iterations[rows] - before.iterations
         lbfgs(here, tried, torch.minimum(tried.iterations + _BLOCK * moved, most))
         search.iterations[rows] = tried.iterations
         search.stationary[rows] = torch.where(moved, tried.stationary, own.stationary)
-        better = tried.distance < search.distance[rows]
+        better = _cost(here, tried) < _cost(here, search.take(rows))
         search.put(rows[better], tried.take(better))
         on = moved & (search.distance[rows] > here.goal) & (search.iterations[rows] < most)
         rows, own = rows[on], own.take(on)
+
+
+def _cost(problem: Problem, search: Search) -> Tensor:
+    """(n,) what the answer shall make small."""
+    change = problem.damping * norms(search.x - problem.x0)
+    return search.distance.square() + change.square()

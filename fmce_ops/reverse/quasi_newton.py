@@ -66,7 +66,7 @@ def lbfgs(problem: Problem, search: Search, limit: Tensor) -> None:
     point, live = _evaluate(here, search.x[rows]), torch.ones_like(rows, dtype=torch.bool)
     stationary, pairs = ~live, deque[_Pair](maxlen=_PAIRS)
     while live.any():
-        following = _line_search(here, point, _direction(point, pairs), live, spent)
+        following = _line_search(here, point, _direction(point, pairs), spent, limit * live)
         lower = following.value < point.value
         known = torch.stack([pair.weight > 0 for pair in pairs]).any(0) if pairs else ~live
         for pair in pairs:
@@ -116,16 +116,16 @@ def _scale(point: _Point, pairs: deque[_Pair]) -> Tensor:
 
 
 def _line_search(
-    problem: Problem, point: _Point, direction: Tensor, live: Tensor, spent: Tensor
+    problem: Problem, point: _Point, direction: Tensor, spent: Tensor, limit: Tensor
 ) -> _Point:
-    """The points behind the steps; a sample that finds none lower stays."""
+    """The points behind the steps; a sample that finds none lower within the limit stays."""
     slope = _dot(point.gradient, direction)
     low, t = torch.zeros_like(slope), torch.ones_like(slope)
     high = torch.full_like(slope, torch.inf)
     best = _Point(*(column.clone() for column in vars(point).values()))
-    open_ = live & (slope < 0)
+    open_ = slope < 0
     for _ in range(_TRIALS):
-        rows = open_.nonzero()[:, 0]
+        rows = (open_ & (spent < limit)).nonzero()[:, 0]
         if not len(rows):
             break
         here = problem.take(rows)
