@@ -63,8 +63,8 @@ def reverse(
     target : (N, ...) of the output's shape, finite.
     x0 : (N, ...) the input of the forward pass, float32 or float64.
     damping : Tikhonov weight of the change, in units of output per input.
-    max_iterations : of the least-squares solver inside Gauss-Newton, for each sample; one costs
-        about two forward passes. Linear maps take what they need.
+    max_iterations : of the least-squares solver inside Gauss-Newton, and of L-BFGS behind it, for
+        each sample; one costs about two forward passes. Linear maps take what they need.
     tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
         precision of the data type whatever it is.
     max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one.

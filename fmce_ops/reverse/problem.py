@@ -40,7 +40,7 @@ class Search:
     ----------
     x : (n, ...) the best inputs so far.
     distance : (n,) |module(x) - target|.
-    iterations : (n,) of the least-squares solver.
+    iterations : (n,) of the least-squares solver and L-BFGS.
     stationary : (n,) whether the linearised module knows no better input near x.
     """
 

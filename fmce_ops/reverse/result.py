@@ -32,7 +32,7 @@ class Reversal:
     x : (N, ...) the input; finite always.
     residual : (N,) |f(x) - t| / |f(x0) - t|, at most 1; 0 where nothing was to do.
     change : (N,) |x - x0| / |x0|; |x - x0| where x0 is 0.
-    iterations : (N,) of the least-squares solver; 0 where a closed form answered.
+    iterations : (N,) of the least-squares solver and L-BFGS; 0 where a closed form answered.
     status : (N,) values of `Status`.
     """
 
