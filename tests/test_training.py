@@ -685,8 +685,15 @@ def task_all_loops(folder):
     with ShardStore.open(folder / "store") as store:
         fmce, epochs, _ = fit(fabric, store, folder / "fmce", LEARNING)
         matrix, loss = judge(fabric, fmce, store, split().test[:-1], 16)  # an odd number of rows
+    refusals = []
+    own = folder / ("elsewhere" if rank else "train")
+    try:
+        train_classifier(fabric, tiny(norm=False), *data, settings, own, Listener())
+    except TrainingError as error:
+        refusals.append(str(error))
     found = {
         "world": fabric.world_size,
+        "refusals": refusals,
         "history": [asdict(point) for point in history],
         "steps": listener.steps,
         "weights": weights_digest(network),
@@ -736,6 +743,14 @@ def test_two_processes_train_as_one(one_and_two):
         assert double["train_loss"] == pytest.approx(single["train_loss"], rel=1e-5)
         assert double["val_loss"] == pytest.approx(single["val_loss"], rel=1e-5)
         assert (double["epoch"], double["lr"]) == (single["epoch"], single["lr"])
+
+
+def test_processes_that_do_not_find_the_same_state_are_refused(one_and_two):
+    one, two = one_and_two
+    assert one["refusals"] == []
+    for found in two:
+        (words,) = found["refusals"]
+        assert "holds 0 steps for one process and 2 for another" in words
 
 
 def test_two_processes_write_the_same_shards_as_one(one_and_two):

@@ -6,6 +6,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fmce_ops.errors import ReverseError
 
@@ -78,6 +79,8 @@ def _check_batched(module: nn.Module, x0: Tensor) -> None:
 def _check_weights(module: nn.Module) -> None:
     tensors: Iterable[tuple[str, Tensor]] = chain(module.named_parameters(), module.named_buffers())
     for place, value in tensors:
+        if lacking := _lacking(value):
+            raise ReverseError(f"{type(module).__name__} holds {place} {lacking}.")
         # A mask of attention holds -Inf, and it is a buffer.
         strict = isinstance(value, nn.Parameter) or value.is_complex()
         good = value.isfinite() if strict else value < torch.inf
@@ -85,6 +88,17 @@ def _check_weights(module: nn.Module) -> None:
             raise ReverseError(
                 f"{type(module).__name__} holds NaN or Inf in {place}: find out what made it."
             )
+
+
+def _lacking(value: Tensor) -> str:
+    """Why nothing can be computed with a parameter or buffer, and what to do; nothing if it can."""
+    if is_lazy(value):
+        return "without a shape: run the module on an input first"
+    if value.is_meta:
+        return "on the meta device, which has no numbers: load its weights"
+    if value.is_inference():
+        return "made in inference mode, which has no derivatives: make the module outside of it"
+    return ""
 
 
 def forward(module: nn.Module, x0: Tensor) -> object:

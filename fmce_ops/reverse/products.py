@@ -26,15 +26,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
     inplace = [part for part in module.modules() if getattr(part, "inplace", False) is True]
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        module.eval().requires_grad_(False)
+        module.eval()
+        _set_learning(learning, False)
         _set_inplace(inplace, False)
         yield
     finally:
         for part, mode in training:
             part.training = mode
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        _set_learning(learning, True)
         _set_inplace(inplace, True)
+
+
+def _set_learning(parameters: list[nn.Parameter], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)
 
 
 def _set_inplace(parts: list[Any], value: bool) -> None:

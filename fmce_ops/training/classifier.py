@@ -22,7 +22,7 @@ from fmce_ops.convergence import ConvergenceMonitor
 from fmce_ops.data import TrainBatches, derive_seed, to_input
 from fmce_ops.errors import TrainingError
 from fmce_ops.models import load_into, save_weights
-from fmce_ops.training.devices import total
+from fmce_ops.training.devices import same_start, total
 from fmce_ops.training.losses import Point
 from fmce_ops.training.reporter import Reporter, Row
 from fmce_ops.training.state import load_state, save_state
@@ -106,7 +106,8 @@ def train_classifier(
     Raises
     ------
     TrainingError
-        A loss is not finite, or there are more points than steps in an epoch.
+        A loss is not finite, there are more points than steps in an epoch, or processes do not see
+        the same ``folder``.
     """
     if plan.points_per_epoch > batches.steps:
         raise TrainingError(
@@ -114,6 +115,7 @@ def train_classifier(
             "steps: ask for fewer points or make train.batch_size smaller."
         )
     progress = _resume(folder, network)
+    same_start(fabric, len(progress.history), folder)
     module, optimizer = _set_up(fabric, network, plan, progress)
     monitor = ConvergenceMonitor()
     reporter.begin("train", plan.points)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from fmce_ops.data import Images
+from fmce_ops.errors import TrainingError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -50,3 +52,22 @@ def total(fabric: Fabric, mine: Tensor) -> Tensor:
     summed = fabric.all_reduce(mine, reduce_op="sum")
     assert isinstance(summed, Tensor)
     return summed
+
+
+def same_start(fabric: Fabric, step: int, folder: Path) -> None:
+    """Refuse to go on where processes would begin behind different steps.
+
+    Only the first process writes state, so every machine must see its folder.
+
+    Raises
+    ------
+    TrainingError
+        Another process found another number of steps in its ``folder``.
+    """
+    steps = fabric.all_gather(torch.tensor(step))
+    assert isinstance(steps, Tensor)
+    if (steps != step).any():
+        raise TrainingError(
+            f"{folder} holds {steps.min()} steps for one process and {steps.max()} for another: "
+            "keep the project in one folder that all machines share."
+        )

@@ -23,7 +23,7 @@ from fmce_ops.convergence import cqi
 from fmce_ops.errors import TrainingError
 from fmce_ops.models import FmceNet, load_into, save_weights
 from fmce_ops.shards import Batch, RandomBatches, ShardStore
-from fmce_ops.training.devices import total
+from fmce_ops.training.devices import same_start, total
 from fmce_ops.training.metrics import confusion
 from fmce_ops.training.reporter import Reporter, Row
 from fmce_ops.training.state import load_state, save_state
@@ -83,7 +83,8 @@ def train_fmce(
     Raises
     ------
     TrainingError
-        The loss is not finite.
+        The loss is not finite, the batch cannot be shared, or processes do not see the same
+        ``folder``.
     """
     if plan.batch_size % fabric.world_size:
         raise TrainingError(
@@ -91,6 +92,7 @@ def train_fmce(
             f"share evenly: choose a multiple of {fabric.world_size}."
         )
     progress = _resume(folder, network)
+    same_start(fabric, len(progress.history), folder)
     # On its device before the optimizer's state is loaded, which follows the weights there.
     network.to(fabric.device)
     if fabric.device.type == "cuda":  # maps are small: on a CPU channels_last only copies weights
