@@ -10,6 +10,11 @@ import torch
 from fmce_ops.errors import TrainingError
 from fmce_ops.files import atomic
 
+_DAMAGE = (  # what torch raises, by where a file is cut and by which of its bytes changed
+    *(OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError),
+    *(AttributeError, LookupError, TypeError),
+)
+
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values.
@@ -35,7 +40,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         raise TrainingError(
             f"{path} is damaged: remove the folder {path.parent} and run the same command again."
         ) from error
