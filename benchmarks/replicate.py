@@ -1,7 +1,7 @@
 """One cell of tables I and II of arXiv 2405.04041, from the images to the figures, in slices.
 
-    python benchmarks/replicate.py cifar10-resnet50 STATE --data DATA --minutes 9
-    python benchmarks/replicate.py --render
+    PYTHONPATH=. python benchmarks/replicate.py cifar10-resnet50 STATE --data DATA --minutes 9
+    PYTHONPATH=. python benchmarks/replicate.py --render
 
 A cell is a data set and a network. The first command works for about that many minutes, keeps all
 that it did in the folder STATE, and goes on from there when it is given again; its exit status is
@@ -10,9 +10,12 @@ results into docs/results.md.
 
 DATA holds MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/train, as their
 downloads leave them. The scale ``paper`` is the paper's setting; ``cpu`` is a smaller one for two
-cores, and ``cpu-cut`` the same with a cosine that is cut before it comes to rest, as the paper's is
-at its last marker, and three times as many epochs of FMCE-Net. Needs torch, torchvision, h5py,
-hdf5plugin, safetensors, Lightning Fabric and rich; no MLflow, no DVC and no network.
+cores, and ``cpu-cut`` the same with a cosine that is cut before it comes to rest (the paper's last
+marker lies at .73 to .97 of its epochs) and three times as many epochs of FMCE-Net.
+
+The commands are given in a clone, on a machine that has torch, torchvision, h5py, hdf5plugin,
+safetensors, Lightning Fabric and rich; fmce_ops need not be installed, and there may be no MLflow,
+no DVC and no network.
 
 Maps that do not fit on the disk are made and judged in parts: FMCE-Net learns from the parts one
 after the other, each with all its epochs, and then every part is made again to be judged.
@@ -26,19 +29,27 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from fmce_ops.convergence import Markers, epoch_markers
 from fmce_ops.data import Augment, Images, TrainBatches, prepare
-from fmce_ops.errors import DataError, DiskError, FmceError, ParamsError
+from fmce_ops.errors import (
+    DataError,
+    DiskError,
+    FmceError,
+    ModelError,
+    ParamsError,
+    ShardError,
+)
 from fmce_ops.files import disk_reason, write_json, write_text
 from fmce_ops.models import Classifier, FmceNet, build, feature_shape, load_into
 from fmce_ops.progress import PlainProgress
@@ -52,7 +63,7 @@ from fmce_ops.training.classifier import (
 )
 from fmce_ops.training.devices import Precision, launch, load
 from fmce_ops.training.features import Extraction, extract
-from fmce_ops.training.fmce import FmcePlan, best_epoch, judge, train_fmce
+from fmce_ops.training.fmce import Epoch, FmcePlan, best_epoch, judge, train_fmce
 from fmce_ops.training.losses import Point
 from fmce_ops.training.metrics import Figures
 from fmce_ops.training.reporter import Row
@@ -63,7 +74,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SPLITS = {"image": split_by_image, "paper": split_paper}
 PHASES, TEST, VALIDATION = 10, 0.25, 0.1
 LEAST = 3  # images of a part: one each to learn from, to choose the epoch by, and to be judged
-NOT_YET, USER_ERROR = 75, 2  # exit statuses
+NOT_YET, USER_ERROR, INTERRUPTED = 75, 2, 130  # exit statuses
+IMAGES = "images.h5"
+DOWNLOADS = {  # where the download of a data set leaves it
+    "mnist": "MNIST/raw",
+    "cifar10": "cifar-10-batches-py",
+    "mini-imagenet": "mini-imagenet/train",
+}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -177,7 +195,7 @@ class Work:
 
     @property
     def images(self) -> Path:
-        return self.folder / "images.h5"
+        return self.folder / IMAGES
 
     def network(self, classes: int) -> Classifier:
         torch.manual_seed(self.setting.seed)
@@ -187,19 +205,17 @@ class Work:
     def seconds(self) -> dict[str, float]:
         """Of each step, over all slices."""
         path = self.folder / "seconds.json"
-        return self.read(path) if path.exists() else {}
+        return self.read(path, numbers) if path.exists() else {}
 
-    def read(self, path: Path) -> Any:
-        """What an earlier step or slice wrote into the folder."""
+    def read(self, path: Path, parse: Callable[[Any], T]) -> T:
+        """What ``parse`` makes of the JSON that an earlier step or slice wrote into the folder."""
         try:
             text = path.read_text(encoding="utf-8")
             if not text.endswith("\n"):  # the start of a number is a number too
                 raise ValueError
-            return json.loads(text)
-        except ValueError as error:
-            raise DataError(
-                f"{path} is damaged: remove the folder {self.folder} and start the cell again."
-            ) from error
+            return parse(json.loads(text))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged: start the cell again.") from error
 
     @contextmanager
     def clock(self, step: str) -> Iterator[None]:
@@ -210,6 +226,24 @@ class Work:
         finally:
             known[step] = known.get(step, 0.0) + time.monotonic() - started
             write_json(self.folder / "seconds.json", known)
+
+
+def numbers(found: Any) -> dict[str, Any]:
+    """A number for each name, as they were written."""
+    return {name: number(value) for name, value in found.items()}
+
+
+def number(found: Any) -> Any:
+    """A finite number, as it is.
+
+    Raises
+    ------
+    ValueError
+        It is something else.
+    """
+    if type(found) not in (int, float) or not math.isfinite(found):
+        raise ValueError
+    return found
 
 
 def run(work: Work, data: Path) -> dict[str, Any]:
@@ -236,21 +270,37 @@ def run(work: Work, data: Path) -> dict[str, Any]:
 
 def make_images(work: Work, data: Path) -> None:
     """The images of the cell, in one file."""
-    name = work.cell.dataset
-    folder = data / name
-    plain = name == "mini-imagenet" or (folder / "train").is_dir()
-    kind = "image-folder" if plain else name
-    classes = 100 if name == "mini-imagenet" else 10
+    kind, root = source(work.cell.dataset, data)
+    classes = 100 if work.cell.dataset == "mini-imagenet" else 10
     few = work.setting.images
     prepare(
         kind,
         work.images,
-        root=folder if plain else data,
+        root=root,
         image_size=work.setting.size,
         per_class=few // classes if few else None,
         validation=0.05,
         test=0.2,
         seed=0,
+    )
+
+
+def source(dataset: str, data: Path) -> tuple[str, Path]:
+    """Kind and root of a data set, as `prepare` takes them.
+
+    Raises
+    ------
+    DataError
+        It is not there, and `prepare` would try to download it.
+    """
+    folder, download = data / dataset, data / DOWNLOADS[dataset]
+    if (folder / "train").is_dir():
+        return "image-folder", folder
+    if download.is_dir():
+        return dataset, data
+    raise DataError(
+        f"{download} does not exist: give with --data the folder that holds MNIST/raw, "
+        "cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/train."
     )
 
 
@@ -285,8 +335,21 @@ def train(work: Work, images: Images) -> tuple[list[Point], float]:
         load_into(network, point_file(where, len(history)))
         top1 = evaluate(work.fabric, network.to(work.fabric.device), tested)[1]
         write_json(done, {"history": [asdict(point) for point in history], "top1": top1})
-    known = work.read(done)
-    return [Point(**row) for row in known["history"]], known["top1"]
+    return work.read(done, lambda found: trained(found, work.epochs * setting.points_per_epoch))
+
+
+def trained(found: Any, points: int) -> tuple[list[Point], float]:
+    """Loss curve and accuracy, as `train` wrote them.
+
+    Raises
+    ------
+    ValueError
+        The curve has another number of points.
+    """
+    history = [Point(**numbers(row)) for row in found["history"]]
+    if len(history) != points:
+        raise ValueError
+    return history, number(found["top1"])
 
 
 def find_markers(work: Work, history: list[Point]) -> Markers:
@@ -328,21 +391,34 @@ def parts_of(work: Work, images: Images) -> list[range]:
     count, path = images.counts["train"], work.folder / "parts.json"
     if not path.exists():
         each = PHASES * 2 * math.prod(extraction(work, images).shape)
-        number = math.ceil(count * each / work.disk)
-        if number > count or len(pieces(count, number)[-1]) < LEAST:
+        needed = math.ceil(count * each / work.disk)
+        try:
+            pieces(count, needed)
+        except ValueError as error:
             raise ParamsError(
                 f"the maps may take {work.disk / 1e9:.3g} GB and those of one image take "
                 f"{each / 1e9:.3g}, which leaves a part with fewer than {LEAST} images: "
                 "give more with --disk."
-            )
-        write_json(path, number)
-    return pieces(count, work.read(path))
+            ) from error
+        write_json(path, needed)
+    return work.read(path, lambda found: pieces(count, found))
 
 
-def pieces(count: int, number: int) -> list[range]:
-    """The images 0 up to ``count`` in ``number`` pieces or fewer; the last is the smallest."""
-    size = math.ceil(count / number)
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+def pieces(count: int, most: int) -> list[range]:
+    """The images 0 up to ``count`` in ``most`` pieces or fewer; the last is the smallest.
+
+    Raises
+    ------
+    ValueError
+        A piece has fewer than `LEAST` images, or ``most`` is no number of pieces.
+    """
+    if type(most) is not int or most < 1:
+        raise ValueError
+    size = math.ceil(count / most)
+    found = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    if len(found[-1]) < LEAST:
+        raise ValueError
+    return found
 
 
 def store(
@@ -422,15 +498,30 @@ def judged(
                 chosen = rows_of(work, maps, split).test
                 matrix, _ = judge(work.fabric, network, maps, chosen, 256)
             write_json(path, matrix.tolist())
-        total += np.array(work.read(path))
+        total += work.read(path, confusion)
     last = best_of(work, split, len(parts) - 1).parent / "done.json"
-    best = work.read(last)
+    best = work.read(last, lambda found: Epoch(**numbers(found)))
     return {
         **asdict(Figures.of(total)),
-        "best_epoch": best["epoch"],
-        "validation_accuracy": best["val_accuracy"],
+        "best_epoch": best.epoch,
+        "validation_accuracy": best.val_accuracy,
         "confusion": total.tolist(),
     }
+
+
+def confusion(found: Any) -> NDArray[np.int64]:
+    """(K, K) counts of a part, as `judged` wrote them.
+
+    Raises
+    ------
+    ValueError
+        They are something else.
+    """
+    counts = np.array(found)
+    of_maps = counts.shape == (PHASES, PHASES) and counts.dtype == np.int64
+    if not of_maps or counts.min() < 0 or not counts.any():
+        raise ValueError
+    return counts
 
 
 def result(
@@ -604,6 +695,9 @@ def main(arguments: list[str] | None = None) -> None:
     except SliceOverError:
         print("the slice is over: give the same command again")
         sys.exit(NOT_YET)
+    except KeyboardInterrupt:
+        print("stopped; what was done is kept: give the same command again", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except FmceError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
@@ -646,24 +740,60 @@ def seed(text: str) -> int:
 def replicate(given: argparse.Namespace) -> None:
     """Work at a cell, and write its result."""
     name = f"{given.cell}-{given.scale}-{given.seed}"
-    with Slice(given.minutes) as reporter:
-        work = work_of(given, made(given.state / name), reporter)
-        found = run(work, given.data)
-    write_json(RESULTS / f"{name}.json", found)
-    shutil.rmtree(work.folder)
+    folder = given.state / name
+    if not (folder / IMAGES).exists():
+        source(CELLS[given.cell].dataset, given.data)  # before a folder is made for nothing
+    with held(folder):
+        with Slice(given.minutes) as reporter, restartable(folder):
+            found = run(work_of(given, folder, reporter), given.data)
+        write_json(RESULTS / f"{name}.json", found)
+        shutil.rmtree(folder)
     print(f"{RESULTS.name}/{name}.json is written")
 
 
-def made(folder: Path) -> Path:
-    """The folder of a cell, which is there afterwards."""
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder of a cell, and hold it against other processes.
+
+    Raises
+    ------
+    DiskError
+        It cannot be made, or another process holds it.
+    """
+    lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DiskError(
+            f"{folder} is in use by another process: "
+            "wait until that has ended, or choose another folder for the state."
+        ) from error
     except OSError as error:
         raise DiskError(
             f"{folder} cannot be made a folder ({disk_reason(error)}): "
             "choose another folder for the state."
         ) from error
-    return folder
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def restartable(folder: Path) -> Iterator[None]:
+    """Say what to do where a file in the folder of a cell is missing or damaged.
+
+    The library's own advice names commands that this script does not have. What does not name the
+    folder, as an error in ``--data``, is left as it is.
+    """
+    try:
+        yield
+    except (DataError, ModelError, ShardError) as error:
+        what = str(error).rpartition(": ")[0]
+        if str(folder) not in what:
+            raise
+        raise DataError(f"{what}: remove the folder {folder} and start the cell again.") from error
 
 
 def work_of(given: argparse.Namespace, folder: Path, reporter: Slice) -> Work:

@@ -2,20 +2,27 @@
 
 import importlib.util
 import json
+import multiprocessing
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from fmce_ops.errors import ShardError
 from PIL import Image
 from sklearn.datasets import load_digits
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "replicate.py"
 CELL = "cifar10-shufflenet"
 PHASES = 4  # of ten, two may fall on one point of so short a training
-ABSENT = ("mlflow", "dvc", "typer", "pydantic", "yaml", "sklearn", "captum", "pandas", "matplotlib")
+ABSENT = (
+    *("mlflow", "dvc", "typer", "pydantic", "yaml", "sklearn", "captum", "pandas", "matplotlib"),
+    *("scipy", "torchmetrics"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +124,190 @@ def test_a_state_that_is_damaged_is_named_with_what_to_do(
     }.items():
         path = folder / name
         whole = path.read_bytes() if path.exists() else b'{"history": []}\n'
-        for cut in (b"", whole[: len(whole) // 2], whole[:-1]):
+        cuts = [b"", whole[: len(whole) // 2], whole[:-1]]
+        if name == "train/state.pt":
+            cuts.append(whole[:5000])  # torch seeks a place before the start
+        for cut in cuts:
             path.write_bytes(cut)
             said = complaint(script, capsys, CELL, tmp_path, "--data", data)
             assert said == f"error: {path} is damaged: remove the folder {removed} and {again}.\n"
         path.write_bytes(whole)
+
+
+ROW = {"point": 1, "epoch": 1.0, "train_loss": 2.0, "train_accuracy": 0.5, "val_loss": 2.0}
+ROW |= {"val_accuracy": 0.5, "lr": 1e-3}
+OF_ANOTHER_SHAPE = {
+    "seconds.json": ([1, 2], {"train": "x"}, {"train": None}, {"train": float("nan")}),
+    "parts.json": ("a", 0, -3, {}, True, 1.5, 67, 10**400),  # a 67th part would have two images
+    "trained.json": (
+        *({}, [], None, {"history": [], "top1": 0.5}, {"history": [[1]] * 24, "top1": 0.5}),
+        {"history": [ROW] * 23, "top1": 0.5},
+        {"history": [ROW] * 24, "top1": "x"},
+        {"history": [{**ROW, "train_loss": "x"}] * 24, "top1": 0.5},
+        {"history": [{**ROW, "loss": 1.0}] * 24, "top1": 0.5},
+    ),
+}
+ONES = np.ones((PHASES, PHASES), int)
+JUDGED_OF_ANOTHER_SHAPE = {
+    "fmce-image/confusion-0.json": (
+        *("x", {}, [[1, 2], [3]], ONES[1:].tolist(), (ONES / 2).tolist()),
+        *((0 * ONES).tolist(), (ONES - 2 * np.eye(PHASES, dtype=int)).tolist(), [[10**400]]),
+    ),
+    "fmce-paper/part-0/done.json": ([], "x", {}, {"epoch": 1, "val_accuracy": 0.5}),
+}
+
+
+def refuses_shapes(
+    script: ModuleType,
+    state: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    shapes: dict[str, tuple],
+) -> None:
+    """Each file with each of its contents is named, with what to do; it is then as it was."""
+    folder = state / f"{CELL}-cpu-0"
+    again = f"remove the folder {folder} and start the cell again"
+    for name, contents in shapes.items():
+        path = folder / name
+        before = path.read_text() if path.exists() else None
+        for content in contents:
+            path.write_text(json.dumps(content) + "\n")
+            said = complaint(script, capsys, CELL, state, "--data", data)
+            assert said == f"error: {path} is damaged: {again}.\n"
+        path.unlink() if before is None else path.write_text(before)
+
+
+def test_json_of_another_shape_is_named_with_what_to_do(
+    tmp_path: Path, script: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not replicate(script, tmp_path, data, "--minutes", "0.000001")
+    refuses_shapes(script, tmp_path, data, capsys, OF_ANOTHER_SHAPE)
+
+
+def test_a_damaged_file_of_any_step_says_to_start_the_cell_again(
+    tmp_path: Path,
+    script: ModuleType,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kept(*_: object) -> None:
+        raise script.SliceOverError
+
+    monkeypatch.setattr(script, "result", kept)  # all is done, and nothing is removed yet
+    script.SCALES["cpu"] = script.replace(script.SCALES["cpu"], fmce_epochs=1)
+    assert not replicate(script, tmp_path, data)
+    refuses_shapes(script, tmp_path, data, capsys, JUDGED_OF_ANOTHER_SHAPE)
+
+    folder = tmp_path / f"{CELL}-cpu-0"
+
+    def refuses(path: Path) -> None:
+        said = complaint(script, capsys, CELL, tmp_path, "--data", data)
+        assert str(path) in said
+        assert said.endswith(f": remove the folder {folder} and start the cell again.\n")
+        assert said.count("\n") == said.count(": remove") == 1
+        assert " again: " not in said  # no advice of the library's is left
+
+    (folder / "fmce-image" / "confusion-0.json").unlink()  # maps are opened to be judged again
+    maps = folder / "maps-0"
+    best = folder / "fmce-image" / "part-0" / "best.safetensors"
+    shard = maps / "phase-01-part-0000.h5"
+    for path in (folder / "images.h5", best, shard, maps / "manifest.json"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        refuses(path)
+        path.write_bytes(whole)
+    shard.unlink()
+    refuses(shard)
+    shutil.rmtree(maps)
+    checkpoint = min(folder.glob("train/point-*"))
+    checkpoint.unlink()
+    refuses(checkpoint)
+
+
+def test_an_error_that_is_not_of_the_folder_keeps_its_advice(
+    tmp_path: Path, script: ModuleType
+) -> None:
+    said = "Phase 1, image 3: the feature map is not finite: lower the learning rate."
+    with pytest.raises(ShardError) as error, script.restartable(tmp_path):
+        raise ShardError(said)
+    assert str(error.value) == said
+
+
+def test_two_processes_do_not_share_a_cell(
+    tmp_path: Path, script: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / f"{CELL}-cpu-0"
+    processes = multiprocessing.get_context("fork")  # which need not import torch again
+    holding = processes.Event()
+
+    def hold() -> None:
+        with script.held(folder):
+            holding.set()
+            time.sleep(60)
+
+    first = processes.Process(target=hold)
+    first.start()
+    try:
+        assert holding.wait(30)
+        said = complaint(script, capsys, CELL, tmp_path, "--data", data)
+        assert said == (
+            f"error: {folder} is in use by another process: "
+            "wait until that has ended, or choose another folder for the state.\n"
+        )
+    finally:
+        first.kill()
+        first.join()
+    with script.held(folder):  # the killed process left nothing that keeps others out
+        pass
+
+
+def test_an_interrupt_is_one_line_and_keeps_the_state(
+    tmp_path: Path,
+    script: ModuleType,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(script.Slice, "row", interrupted)
+        script.main([CELL, str(tmp_path), "--data", str(data)])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == (
+        "stopped; what was done is kept: give the same command again\n"
+    )
+    assert not replicate(script, tmp_path, data, "--minutes", "0.000001")
+    train = tmp_path / f"{CELL}-cpu-0" / "train"
+    assert len(list(train.glob("point-*"))) == 2  # one before the interrupt, one after it
+
+
+@pytest.mark.parametrize(
+    ("cell", "missing"),
+    [
+        ("mnist-shufflenet", "MNIST/raw"),
+        ("cifar10-resnet50", "cifar-10-batches-py"),
+        ("mini-imagenet-resnet50", "mini-imagenet/train"),
+    ],
+)
+def test_mistyped_data_are_named_and_leave_nothing_behind(
+    tmp_path: Path,
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    cell: str,
+    missing: str,
+) -> None:
+    data = tmp_path / "no-data"
+    said = complaint(script, capsys, cell, tmp_path / "state", "--data", data)
+    assert said == (
+        f"error: {data / missing} does not exist: give with --data the folder that holds "
+        "MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/train.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    (data / missing).mkdir(parents=True)
+    assert script.source(script.CELLS[cell].dataset, data)[1] in (data, data / "mini-imagenet")
 
 
 def test_what_a_user_can_cause_is_one_sentence(
