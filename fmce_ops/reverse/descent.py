@@ -1,4 +1,4 @@
-"""The search for the input: two methods that help one another."""
+"""The search for the input: Gauss-Newton, then L-BFGS, then both once more from elsewhere."""
 
 import torch
 from torch import Tensor
@@ -6,42 +6,65 @@ from torch import Tensor
 from fmce_ops.reverse.newton import gauss_newton
 from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.quasi_newton import lbfgs
-from fmce_ops.reverse.solver import norms
+from fmce_ops.reverse.solver import norms, spread
 
-_BLOCK = 500  # iterations of a method before the other one has its turn
+_FIRST = 500  # iterations of Gauss-Newton before L-BFGS goes on
+_STARTS = 20  # beside x0
+_BESIDE = 0.5  # how far, of the change that the search from x0 came to
 
 
 def descend(problem: Problem, search: Search, max_iterations: int) -> None:
     """Bring ``search`` down to the goal, or as far as it goes.
 
-    Gauss-Newton wakes units at rest, but is slow where the linearised problem is badly conditioned.
-    L-BFGS is fast there and ends in the nearest local minimum. So Gauss-Newton goes its own way,
-    and from every so many of its iterations L-BFGS tries to reach the goal; the best is kept.
+    Gauss-Newton wakes units at rest, but is slow where the linearised problem is badly conditioned;
+    L-BFGS is not, and goes on until it finds no way down. Both end in local minima. So where more
+    iterations are given than Gauss-Newton gets at once, the search is begun anew from points beside
+    x0, and the best answer is kept.
 
     Parameters
     ----------
-    max_iterations : of both together, for each sample, beside those that ``search`` comes with.
+    max_iterations : of all together, for each sample, beside those that ``search`` comes with.
     """
-    limit = search.iterations + max_iterations
     rows = ((search.distance > problem.goal) & ~search.stationary).nonzero()[:, 0]
-    own = search.take(rows)
+    here, own = problem.take(rows), search.take(rows)
     own.iterations.zero_()
-    while len(rows):
-        here, most, before = problem.take(rows), limit[rows], own.copy()
-        left = most - search.iterations[rows]
-        gauss_newton(here, own, before.iterations + left.clamp(max=_BLOCK))
-        moved, tried = _cost(here, own) < _cost(here, before), own.copy()
-        tried.iterations += search.iterations[rows] - before.iterations
-        lbfgs(here, tried, torch.minimum(tried.iterations + _BLOCK * moved, most))
-        search.iterations[rows] = tried.iterations
-        search.stationary[rows] = torch.where(moved, tried.stationary, own.stationary)
-        better = _cost(here, tried) < _cost(here, search.take(rows))
-        search.put(rows[better], tried.take(better))
-        on = moved & (search.distance[rows] > here.goal) & (search.iterations[rows] < most)
-        rows, own = rows[on], own.take(on)
+    limit = torch.full_like(own.iterations, max_iterations)
+    _down(here, own, limit)
+    if max_iterations > _FIRST:
+        _start_anew(here, own, limit)
+    own.iterations += search.iterations[rows]
+    search.put(rows, own)
 
 
-def _cost(problem: Problem, search: Search) -> Tensor:
-    """(n,) what the answer shall make small."""
-    change = problem.damping * norms(search.x - problem.x0)
-    return search.distance.square() + change.square()
+def _down(problem: Problem, search: Search, limit: Tensor) -> None:
+    """Gauss-Newton, and L-BFGS from where it ends if it came nearer."""
+    before = search.distance.clone()
+    gauss_newton(problem, search, limit.clamp(max=_FIRST))
+    lbfgs(problem, search, torch.where(search.distance < before, limit, search.iterations))
+
+
+def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:
+    """Search from beside x0, too, while there are iterations left, and keep the best.
+
+    The points beside are drawn from a seed of their own; but for the distance they are the same for
+    every sample.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    length = _BESIDE * norms(search.x - problem.x0)
+    for _ in range(_STARTS):
+        short = (search.distance > problem.goal) & (search.iterations < limit)
+        rows = (short & search.stationary & (length > 0)).nonzero()[:, 0]
+        if not len(rows):
+            return
+        here = problem.take(rows)
+        aside = torch.randn(here.x0.shape[1:], generator=drawn, dtype=here.x0.dtype)
+        aside = aside.to(here.x0.device).expand_as(here.x0)
+        x = here.x0 + spread(length[rows] / norms(aside), aside) * aside
+        distance = norms(here.target - here.module(x.clone()))
+        spent = torch.zeros_like(rows)
+        other = Search(x, distance, spent, spent.bool())
+        _down(here, other, limit[rows] - search.iterations[rows])
+        search.iterations[rows] += other.iterations
+        other.iterations = search.iterations[rows]
+        better = here.cost(other) < here.cost(search.take(rows))
+        search.put(rows[better], other.take(better))

@@ -31,6 +31,11 @@ class Problem:
         """(n,) what Gauss-Newton lowers: what is missing to the target, and the damped change."""
         return (norms(rest).square() + (self.damping * norms(x - self.x0)).square()).sqrt()
 
+    def cost(self, search: "Search") -> Tensor:
+        """(n,) what the answer shall make small."""
+        change = self.damping * norms(search.x - self.x0)
+        return search.distance.square() + change.square()
+
 
 @dataclass
 class Search:
@@ -51,9 +56,6 @@ class Search:
 
     def take(self, rows: Tensor) -> "Search":
         return Search(*(column[rows] for column in vars(self).values()))
-
-    def copy(self) -> "Search":
-        return Search(*(column.clone() for column in vars(self).values()))
 
     def put(self, rows: Tensor, part: "Search") -> None:
         for name, column in vars(self).items():
