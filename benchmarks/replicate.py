@@ -623,11 +623,16 @@ def tables(results: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
             *two,
             "",
+            "Test maps are those of a quarter of the training images: 5,000 of 500 images at the "
+            "scales `cpu` and `cpu-cut`. Of the published figures the accuracy alone is compared.",
+            "",
             "### What each cell was, and took",
             "",
-            "| cell | scale, seed | training images | map | parts | minutes | on | commit |",
+            "| cell | scale, seed | images: training, test | map | parts | minutes | on | commit |",
             "|---|---|---|---|---|---|---|---|",
             *map(row_cost, results),
+            "",
+            "Minutes are those of the clock, most with other work beside it.",
             "",
         ]
     )
@@ -676,9 +681,9 @@ def late_errors(confusion: NDArray[np.int64]) -> float:
 def row_cost(found: dict[str, Any]) -> str:
     """What a cell was, and took."""
     minutes = sum(found["seconds"].values()) / 60
-    shape = "x".join(map(str, found["map"]))
+    shape, counts = "x".join(map(str, found["map"])), found["images"]
     return (
-        f"| {found['cell']} | {label(found)} | {found['images']['train']} at "
+        f"| {found['cell']} | {label(found)} | {counts['train']}, {counts['test']} at "
         f"{found['setting']['size']} px | {shape} | {found['parts']} | {minutes:.0f} | "
         f"{found['hardware']} | {found['commit']} |"
     )
