@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import nn
-from torchvision import models
+from torchvision import models, ops
 from torchvision.models.googlenet import Inception
 
+DEFORMED = torch.ones(2, 2, 1, 1)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -49,6 +50,8 @@ def test_nearest_logits_equal_a_general_optimiser(seed, classes, margin):
         (torch.zeros(2, 3), torch.tensor([0, -1]), 0.0, "run from -1"),
         (torch.zeros(2, 3), torch.tensor([0]), 0.0, "one integer for each"),
         (torch.zeros(3), torch.tensor([0]), 0.0, "give \\(N, K\\)"),
+        (torch.zeros(1, 2), [0], 0.0, "labels a list: give tensors"),
+        (torch.zeros(1, 2), torch.tensor([0]), "1", "margin is '1'"),
         (torch.full((1, 2), torch.nan), torch.tensor([0]), 0.0, "NaN or Inf"),
         (torch.zeros(1, 2), torch.tensor([0]), -1.0, "margin"),
         (torch.zeros(1, 2), torch.tensor([0]), 1e300, "overflow"),
@@ -298,6 +301,64 @@ class Bad(nn.Module):
 def test_modules_that_cannot_be_reversed_are_named(forward, says):
     with pytest.raises(ReverseError, match=f"Bad.*{says}"):
         reverse(Bad(forward), torch.ones(3, 2) * 9, torch.ones(3, 2))
+
+
+class Once(torch.autograd.Function):
+    """2 x, whose derivative has none, and no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (Once.apply, "no derivatives to search by .*jvp"),
+        (lambda x: torch.from_numpy(x.numpy()), "no derivatives to search by .*numpy"),
+        (lambda x: {}["missing"], "cannot take an input"),
+        (
+            lambda x: ops.deform_conv2d(x[..., None], x.new_zeros(len(x), 2, 2, 1), DEFORMED),
+            "takes its derivative for constant",
+        ),
+    ],
+)
+def test_modules_without_usable_derivatives_are_refused(forward, says):
+    shape = (3, 2, 2, 1) if "constant" in says else (3, 2, 2)
+    with pytest.raises(ReverseError, match=f"Bad .*{says}"):
+        reverse(Bad(forward), torch.rand(shape), torch.rand(3, 2, 2))
+
+
+def test_a_forward_of_its_own_is_not_taken_for_the_plain_module():
+    module, x0 = nn.Linear(4, 4), torch.randn(3, 4)
+    plain = module.forward
+    module.forward = lambda x: plain(x) * 2 + 1
+    assert (reverse(module, module(x0 + 0.1).detach(), x0).residual < 1e-3).all()
+
+
+def test_autocast_around_the_call_changes_nothing():
+    module, target, x0 = nn.Linear(64, 32), torch.randn(3, 32), torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reverse(module, target, x0)
+    assert torch.equal(found.x, reverse(module, target, x0).x)
+    assert (found.status == Status.REACHED).all()
+
+
+def test_more_iterations_never_cost_an_answer_within_the_bound():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        module, x0 = Kinked(), torch.randn(8, 24, dtype=torch.float64)
+        target = module(x0).detach() + 3 * torch.randn(8, 24, dtype=torch.float64)
+        few, many = (
+            reverse(module, target, x0, max_iterations=most, max_change=0.5) for most in (500, 1500)
+        )
+        kept = few.status != Status.DAMPED
+        assert (many.residual[kept] <= few.residual[kept] * (1 + 1e-6)).all()
 
 
 def test_inputs_that_do_not_fit_are_refused_before_anything_runs():

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from fmce_ops.errors import ReverseError
 
 _TYPES = (torch.float32, torch.float64)
+_MOST = 10**9  # iterations
 
 
 def check_settings(damping: float, max_iterations: int, tolerance: float, bound: float) -> None:
@@ -23,8 +24,8 @@ def check_settings(damping: float, max_iterations: int, tolerance: float, bound:
         raise ReverseError(f"max_iterations is {max_iterations!r}: give a whole number.")
     if not 0 <= damping < float("inf"):
         raise ReverseError(f"damping is {damping}: give a finite number that is not negative.")
-    if max_iterations < 1:
-        raise ReverseError(f"max_iterations is {max_iterations}: give at least 1.")
+    if not 1 <= max_iterations <= _MOST:
+        raise ReverseError(f"max_iterations is {max_iterations}: give 1 to {_MOST:,}.")
     if not 0 < tolerance < 1:
         raise ReverseError(f"tolerance is {tolerance}: give a relative residual in (0, 1).")
     if not 0 < bound < float("inf"):
@@ -107,7 +108,7 @@ def forward(module: nn.Module, x0: Tensor) -> object:
         return module(x0.clone())
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the module's own code makes of it
         reason = str(error).strip().split("\n")[0]
         raise ReverseError(
             f"{type(module).__name__} cannot take an input {tuple(x0.shape)} of {x0.dtype}: give "

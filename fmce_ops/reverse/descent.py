@@ -1,5 +1,7 @@
 """The search for the input: Gauss-Newton, then L-BFGS, then both once more from elsewhere."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ _STARTS = 20  # beside x0
 _BESIDE = 0.5  # how far, of the change that the search from x0 came to
 
 
-def descend(problem: Problem, search: Search, max_iterations: int) -> None:
+def descend(problem: Problem, search: Search, max_iterations: int, reach: Tensor) -> None:
     """Bring ``search`` down to the goal, or as far as it goes.
 
     Gauss-Newton wakes units at rest, but is slow where the linearised problem is badly conditioned;
@@ -24,23 +26,27 @@ def descend(problem: Problem, search: Search, max_iterations: int) -> None:
     Parameters
     ----------
     max_iterations : of all together, for each sample, beside those that ``search`` comes with.
+    reach : (n,) how far from x0 an answer is of use; what is within it is never left.
     """
     rows = ((search.distance > problem.goal) & ~search.stationary).nonzero()[:, 0]
-    here, own = problem.take(rows), search.take(rows)
+    here, own, reach = problem.take(rows), search.take(rows), reach[rows]
     own.iterations.zero_()
     limit = torch.full_like(own.iterations, max_iterations)
-    _down(here, own, limit)
+    _down(here, own, limit, reach)
     if max_iterations > _FIRST:
-        _start_anew(here, own, limit)
+        held = replace(here, bound=torch.minimum(here.bound, reach))
+        _start_anew(held, own, limit)
     own.iterations += search.iterations[rows]
     search.put(rows, own)
 
 
-def _down(problem: Problem, search: Search, limit: Tensor) -> None:
+def _down(problem: Problem, search: Search, limit: Tensor, reach: Tensor) -> None:
     """Gauss-Newton, and L-BFGS from where it ends if it came nearer."""
     before = search.distance.clone()
     gauss_newton(problem, search, limit.clamp(max=_FIRST))
-    lbfgs(problem, search, torch.where(search.distance < before, limit, search.iterations))
+    within = norms(search.x - problem.x0) <= reach
+    held = replace(problem, bound=torch.where(within, reach, problem.bound).minimum(problem.bound))
+    lbfgs(held, search, torch.where(search.distance < before, limit, search.iterations))
 
 
 def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:
@@ -63,7 +69,7 @@ def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:
         distance = norms(here.target - here.module(x.clone()))
         spent = torch.zeros_like(rows)
         other = Search(x, distance, spent, spent.bool())
-        _down(here, other, limit[rows] - search.iterations[rows])
+        _down(here, other, limit[rows] - search.iterations[rows], here.bound)
         search.iterations[rows] += other.iterations
         other.iterations = search.iterations[rows]
         better = here.cost(other) < here.cost(search.take(rows))

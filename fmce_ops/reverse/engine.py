@@ -19,7 +19,7 @@ from fmce_ops.reverse.dense import forget_factors
 from fmce_ops.reverse.descent import descend
 from fmce_ops.reverse.linear import is_linear
 from fmce_ops.reverse.problem import Problem, Search
-from fmce_ops.reverse.products import frozen
+from fmce_ops.reverse.products import check_derivatives, frozen
 from fmce_ops.reverse.result import Propagation, Reversal, Status
 from fmce_ops.reverse.shortcuts import Known, chain, shortcut
 from fmce_ops.reverse.solver import each, norms
@@ -65,8 +65,9 @@ def reverse(
     x0 : (N, ...) the input of the forward pass, float32 or float64.
     damping : Tikhonov weight of the change, in units of output per input.
     max_iterations : of the least-squares solver inside Gauss-Newton and of L-BFGS, over all
-        starts, for each sample; one costs about two forward passes. Linear maps take what they
-        need.
+        starts, for each sample; one costs about two forward passes. What a damped answer, or the
+        way back through a Sequential, is searched with comes on top, as many each. Linear maps
+        take what they need.
     tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
         precision of the data type whatever it is.
     max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one.
@@ -97,7 +98,7 @@ def reverse_with(settings: Settings, module: nn.Module, target: Tensor, x0: Tens
     check_tensors(module, target, x0)
     check_module(module, x0)
     size = max(1, _SLICE // max(1, x0[:1].numel() + target[:1].numel()))
-    with torch.inference_mode(False), torch.no_grad(), frozen(module):
+    with torch.inference_mode(False), torch.no_grad(), _exact(x0), frozen(module):
         pieces = zip(target.clone().split(size), x0.clone().split(size), strict=True)
         try:
             return _joined([_reverse_slice(settings, module, *piece) for piece in pieces])
@@ -152,12 +153,17 @@ def propagate(
     return Propagation(tuple(reversed(targets)), tuple(reversed(results)))
 
 
+def _exact(x: Tensor) -> torch.autocast:
+    """Everything in the type of the input, whatever is around the call."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _check_link(module: nn.Module, x0: Tensor, following: Tensor, last: bool) -> None:
     check_tensors(module, following, x0)
     check_module(module, x0)
     if not len(x0):
         return
-    with torch.inference_mode(False), torch.no_grad(), frozen(module):
+    with torch.inference_mode(False), torch.no_grad(), _exact(x0), frozen(module):
         y = forward(module, x0[:2])
         check_output(module, y, following[:2], "the target" if last else "the next activation")
 
@@ -222,6 +228,7 @@ def _answer(
         part = held.take(broken)
         second = _search(settings, part, gap[broken], size[broken])
         second.status[second.status != Status.KEPT] = Status.DAMPED
+        second.iterations.add_(found.iterations[broken])
         for name, column in vars(found).items():
             column[broken] = getattr(second, name)
     return found
@@ -237,7 +244,8 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     search = _start(settings, problem, gap)
     answered = settings.shortcuts and is_linear(problem.module)  # nothing is better, good or bad
     if not answered and not search.stationary.all():
-        descend(problem, search, settings.max_iterations)
+        check_derivatives(problem.module, problem.x0[:1])
+        descend(problem, search, settings.max_iterations, settings.max_change * size)
         if settings.shortcuts:
             _chained(settings, problem, search, size)
     status = torch.full_like(search.iterations, Status.UNFINISHED)
@@ -266,7 +274,8 @@ def _start(settings: Settings, problem: Problem, gap: Tensor) -> Search:
         distance = norms(problem.target - module(known.x.clone()))
         return Search(known.x, distance, known.iterations, known.finished)
     if known:
-        _take(problem, search, torch.arange(len(x0), device=x0.device), known)
+        taken = _take(problem, search, torch.arange(len(x0), device=x0.device), known)
+        search.stationary[taken] = True  # a closed form is the nearest there is
     return search
 
 
@@ -284,7 +293,8 @@ def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor)
     again = taken[search.distance[taken] > problem.goal[taken]]
     if len(again):
         second = search.take(again)
-        descend(problem.take(again), second, settings.max_iterations)
+        reach = settings.max_change * size[again]
+        descend(problem.take(again), second, settings.max_iterations, reach)
         search.put(again, second)
 
 

@@ -37,7 +37,8 @@ _PATIENCE = 3000  # iterations in float64 for the samples that this does not fin
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nothing but the module's own forward makes its output."""
-    return not module._forward_hooks and not module._forward_pre_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and "forward" not in vars(module)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """The nearest logits that classify correctly: where reverse propagation begins."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,11 @@ def _rise(violation: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        raise ReverseError(
+            f"the logits are a {type(logits).__name__} and the labels a {type(labels).__name__}: "
+            "give tensors."
+        )
     if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
         raise ReverseError(
             f"the logits are {tuple(logits.shape)} of {logits.dtype}: give (N, K) floats."
@@ -75,8 +82,8 @@ def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
             f"the labels are {tuple(labels.shape)} of {labels.dtype}: "
             f"give one integer for each of the {len(logits)} rows of logits."
         )
-    if not 0 <= margin < float("inf"):
-        raise ReverseError(f"the margin is {margin}: give a finite number that is not negative.")
+    if not isinstance(margin, Real) or not 0 <= margin < float("inf"):
+        raise ReverseError(f"the margin is {margin!r}: give a finite number that is not negative.")
     if not logits.isfinite().all():
         raise ReverseError("the logits hold NaN or Inf: find out which module made them.")
     if ((labels < 0) | (labels >= logits.shape[1])).any():

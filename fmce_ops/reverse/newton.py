@@ -43,9 +43,9 @@ def gauss_newton(problem: Problem, search: Search, limit: Tensor) -> None:
         merit = here.merit(linearised.output.rest(here.target), x)
         left = _descend(problem, search, rows, step.step, merit)
         failed, smoothed, distance = left == 1, linearised.output.smoothed, search.distance[rows]
-        search.stationary[rows] = failed
         swept_now = failed & (width[rows] <= _NARROWEST)
         done = (swept_now & (distance >= swept[rows])) | (failed & (not smoothed))
+        search.stationary[rows] = done | swept_now
         swept[rows] = torch.where(swept_now, distance, swept[rows])
         wider = (width[rows] * torch.where(left > _POOR, 0.5, 2.0)).clamp(_NARROWEST, _WIDEST)
         width[rows] = torch.where(swept_now, _WIDEST, wider)

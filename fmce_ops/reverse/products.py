@@ -153,7 +153,9 @@ class Linearised:
             self._seed = torch.zeros_like(self._y, requires_grad=True)
             self._pulled = _gradient(self._y, self._x, self._seed, create_graph=True)
         with suppress(RuntimeError):
-            return _gradient(self._pulled, self._seed, v)
+            found = _derivative(self._pulled, self._seed, v)
+            if found is not None:
+                return found
         return self._forward_mode(v)
 
     def _forward_mode(self, v: Tensor) -> Tensor:
@@ -164,11 +166,35 @@ class Linearised:
         return torch.zeros_like(self._y) if tangent is None else tangent
 
 
+def check_derivatives(module: nn.Module, x: Tensor) -> None:
+    """Refuse a module whose products cannot be made at x, (n, ...), or do not fit each other."""
+    try:
+        linearised = Linearised(module, x)
+        value = linearised.output.value
+        pulled = linearised.pull(torch.linspace(-1, 1, value.numel()).to(value).view_as(value))
+        pushed = linearised.push(pulled)
+        if pulled.any() and not pushed.any():  # J J^T u is not 0 where J^T u is not
+            raise RuntimeError("autograd takes its derivative for constant")
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        reason = str(error).strip().split("\n")[0]
+        raise ReverseError(
+            f"{type(module).__name__} has no derivatives to search by ({reason}): only modules "
+            "that autograd differentiates twice, or once and in forward mode, can be reversed."
+        ) from error
+
+
 def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
-    found = torch.autograd.grad(
+    found = _derivative(y, x, u, create_graph)
+    return torch.zeros_like(x) if found is None else found
+
+
+def _derivative(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor | None:
+    found: Tensor | None = torch.autograd.grad(
         y, x, u, retain_graph=True, create_graph=create_graph, allow_unused=True
     )[0]
-    return torch.zeros_like(x) if found is None else found
+    return found
 
 
 class _Rewritten(TorchFunctionMode):

@@ -73,7 +73,7 @@ def lbfgs(problem: Problem, search: Search, limit: Tensor) -> None:
             pair.weight[~lower] = 0
         pairs.append(_Pair.between(point, following))
         point = following
-        stationary |= live & ~lower & ~known
+        stationary |= live & ~lower & ~known & (spent < limit)
         live &= ~stationary & (point.distance > here.goal) & (spent < limit)
     search.put(rows, Search(point.x, point.distance, spent, stationary))
 

@@ -70,8 +70,8 @@ def find_span(modules: Mapping[str, nn.Module], name: str | None) -> Span:
 
 def _bounds(names: list[str], weighted: list[str], span: str) -> tuple[int, int]:
     """Where a span starts and stops; ``weighted`` are the names of modules with weights."""
-    first, _, last = span.partition("..")
-    last = last or first
+    first, several, last = span.partition("..")
+    last = last if several else first
     for end in (first, last):
         if end not in names:
             raise ModelError(
@@ -215,7 +215,7 @@ def _class_means(
     settings: TargetSettings,
     held_out: Tensor | None,
 ) -> Tensor:
-    """(K, K) mean logits of the training images of each class that are classified correctly."""
+    """(K, K) mean logits of each class's images that are classified correctly; NaN for none."""
     classes = len(images.classes)
     sums = torch.zeros(classes, classes, dtype=torch.float64, device=fabric.device)
     counts = torch.zeros(classes, dtype=torch.float64, device=fabric.device)
@@ -226,7 +226,7 @@ def _class_means(
         right = logits.argmax(1) == labels
         sums.index_add_(0, labels[right], logits[right])
         counts += torch.bincount(labels[right], minlength=classes)
-    return (sums / counts.clamp_min(1)[:, None]).float()
+    return (sums / counts[:, None]).float()
 
 
 def _source(logits: Tensor, positions: Tensor, held_out: Tensor | None) -> Tensor:
@@ -239,9 +239,15 @@ def _source(logits: Tensor, positions: Tensor, held_out: Tensor | None) -> Tenso
 def corrected(
     logits: Tensor, labels: Tensor, settings: TargetSettings, means: Tensor | None
 ) -> Tensor:
-    """(N, K) the nearest correct logits, pulled by ``settings.pull`` towards their class's mean."""
+    """(N, K) the nearest correct logits, pulled by ``settings.pull`` towards their class's mean.
+
+    Those of a class that has no mean stay where they are.
+    """
     nearest = nearest_logits(logits, labels, settings.margin)
-    return nearest if means is None else torch.lerp(nearest, means[labels], settings.pull)
+    if means is None:
+        return nearest
+    own = means[labels]
+    return torch.lerp(nearest, torch.where(own.isfinite(), own, nearest), settings.pull)
 
 
 @dataclass(frozen=True)
