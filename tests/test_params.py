@@ -100,6 +100,8 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, section, key, value):
         ("data: {dataset: svhn}", "data.dataset"),
         ("model: {backbone: 3}", "model.backbone"),
         ("model: {stem: tiny}", "model.stem"),
+        ("posttrain: {alphas: [0.1, 1.0, 0.10000001]}", "posttrain.alphas"),
+        ("pathways: {ratios: [0.5, 0.5]}", "pathways.ratios"),
         ("train: {epochs: many}", "train.epochs"),
         ("train: {epochs: 30.5}", "train.epochs"),
         ("train: {epochs: [30]}", "train.epochs"),

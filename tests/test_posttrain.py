@@ -41,6 +41,7 @@ from fmce_ops.training.targets import (
     OWN,
     TARGET,
     TargetSettings,
+    corrected,
     find_span,
     find_spans,
     most_changed,
@@ -106,12 +107,22 @@ def test_modules_are_found_by_name_and_range():
     [
         ("stage9", "does not have: choose among conv1, stage2, stage3, stage4, conv5, head.$"),
         ("conv5..stage2", "ends before it begins"),
+        ("conv5..", "an open end: write first..last"),
+        ("..conv5", "an open end: write first..last"),
         ("maxpool", "no weights to train: choose among conv1, stage2, stage3, stage4, conv5, head"),
     ],
 )
 def test_a_span_that_is_none_is_named(name, words):
     with pytest.raises(ModelError, match=words):
         find_span(functional_modules(network()), name)
+
+
+def test_a_class_without_a_right_answer_is_not_pulled():
+    logits, labels = torch.tensor([[9.0, 2.0, 3.0], [1.0, 0.0, 2.0]]), torch.tensor([1, 2])
+    settings = TargetSettings(0.0, 0.5, SIZE, 60, 32)
+    means = torch.tensor([[0.0] * 3, [torch.nan] * 3, [0.0, 0.0, 4.0]])
+    found = corrected(logits, labels, settings, means)
+    assert found.tolist() == [[5.5, 5.5, 3.0], [0.5, 0.0, 3.0]]
 
 
 @pytest.mark.parametrize(

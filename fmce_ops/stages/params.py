@@ -5,9 +5,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fmce_ops.errors import ParamsError
+
+
+def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Each value names what is made with it, by six digits."""
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise ValueError("two of them are the same to six digits, give each once")
+    return values
+
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -17,6 +32,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Margin = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Modules = Annotated[tuple[str, ...], Field(min_length=1)]
+Alphas = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_distinct)]
+Ratios = Annotated[tuple[Fraction, ...], Field(min_length=1), AfterValidator(_distinct)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Folds = Literal[0, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # one fold would leave nothing to learn from
 RunName = Annotated[str, Field(pattern="^[A-Za-z0-9_]+$")]  # part of the name of a stage
@@ -116,7 +133,7 @@ class PosttrainParams(Section):
     margin: Margin = 1.0  # of the corrected logits
     pull: Fraction = 0.5  # of the corrected logits towards the mean of their class
     folds: Folds = 0  # networks whose logits of unseen images join the checkpoint's
-    alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 1.0)  # weights of targets
+    alphas: Alphas = (0.1, 1.0)  # weights of targets
     epochs: Count = 10
     batch_size: Count = 256
     lr: Positive = 5e-5
@@ -129,7 +146,7 @@ class PathwaysParams(Section):
     """Gates on the filters (arXiv 1906.01166)."""
 
     modules: Modules | None = None  # convolutions; null: all but those on shortcuts
-    ratios: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.5,)  # R, of open gates
+    ratios: Ratios = (0.5,)  # R, of open gates
     information: Weight = 0.01
     alignment: Weight = 1.0
     sparsity: Weight = 3e-3

@@ -71,7 +71,11 @@ def find_span(modules: Mapping[str, nn.Module], name: str | None) -> Span:
 def _bounds(names: list[str], weighted: list[str], span: str) -> tuple[int, int]:
     """Where a span starts and stops; ``weighted`` are the names of modules with weights."""
     first, several, last = span.partition("..")
-    last = last if several else first
+    if several and not (first and last):
+        raise ModelError(
+            f"the span {span!r} of posttrain.modules has an open end: write first..last."
+        )
+    last = last or first
     for end in (first, last):
         if end not in names:
             raise ModelError(
