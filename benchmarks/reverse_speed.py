@@ -1,5 +1,6 @@
 """How long a reverse step takes, beside other ways and the forward pass, and what memory.
 
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1   # or lsmr on an operator waits for its threads
 python benchmarks/reverse_speed.py            # prints the table
 python benchmarks/reverse_speed.py --write    # and keeps it in benchmarks/reverse_speed.md
 """
@@ -53,7 +54,8 @@ def report(repetitions: int) -> str:
         "# Reverse steps: speed",
         "",
         f"{hardware()}. Median of {repetitions} repetitions after one that warms up, all sides in "
-        "turn. Made with `python benchmarks/reverse_speed.py --write`.",
+        "turn. Made with `OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python "
+        "benchmarks/reverse_speed.py --write`.",
         "",
         f"One 3x3 convolution, {CHANNELS[0]} to {CHANNELS[1]} channels, padding 1, float32, batch "
         f"{BATCH}; milliseconds for a sample. lsmr solves sample by sample with atol = btol = "
