@@ -21,6 +21,8 @@ LINEAR = {
     "strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 9, 9)),
     "dilated": (nn.Conv2d(4, 4, 3, dilation=2), (4, 9, 9)),
     "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 7, 7)),
+    "depthwise": (nn.Conv2d(5, 10, 3, groups=5, padding=1), (5, 15, 15)),
+    "wide groups": (nn.Conv2d(12, 6, 3, groups=3, padding=1), (12, 13, 13)),
     "circular": (nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"), (4, 5, 5)),
     "1x1": (nn.Conv2d(6, 4, 1, stride=2, groups=2), (6, 7, 7)),
     "one dimension": (nn.Conv1d(4, 3, 3, padding="same"), (4, 9)),
@@ -81,6 +83,16 @@ def test_linear_maps_equal_dense_least_squares(name, dtype, reachable):
     assert deviation(module, x0, target, result) < GOAL[dtype]
     if reachable:
         assert (result.status == Status.REACHED).all()
+
+
+def test_a_badly_conditioned_depthwise_convolution_is_factored_group_by_group():
+    torch.manual_seed(1)
+    module = nn.Conv2d(6, 6, 3, groups=6, padding=1).double()
+    x0 = torch.randn(2, 6, 16, 16, dtype=torch.float64)
+    target = module(x0 + torch.randn_like(x0)).detach()
+    result = reverse(module, target, x0)
+    assert result.residual.max() < 1e-12 and result.iterations.max() == 0
+    assert deviation(module, x0, target, result) < 1e-8
 
 
 @pytest.mark.parametrize("dtype", GOAL)

@@ -38,8 +38,8 @@ class Factors:
 def dense_step(module: Any, x0: Tensor, difference: Tensor, damping: Tensor) -> Tensor | None:
     """The step of `linear_step` (n, ...) in float64, or None where the map is too large for it.
 
-    `Linear` and 1x1 convolutions are one matrix for all positions; any other map is a matrix of
-    all its inputs and outputs.
+    `Linear` and 1x1 convolutions are one matrix for all positions, other convolutions a matrix for
+    each of their groups; any other map is a matrix of all its inputs and outputs.
     """
     rows = difference.double()
     if _is_pointwise(module) and _fits(*_weight(module).shape[1:]):
@@ -49,10 +49,12 @@ def dense_step(module: Any, x0: Tensor, difference: Tensor, damping: Tensor) -> 
                 _factors(module, None, x0.dtype, x0.device).solve(rows, damping).reshape(x0.shape)
             )
         return _at_every_position(module, x0, rows, damping)
-    if max(x0[0].numel(), rows[0].numel()) > _MOST:
+    groups = _groups(module)
+    side = max(x0[0].numel(), rows[0].numel()) // groups
+    if groups * side**3 > _MOST**3:
         return None
     factors = _factors(module, x0.shape[1:], x0.dtype, x0.device)
-    return factors.solve(rows.reshape(len(x0), 1, 1, -1), damping).reshape(x0.shape)
+    return factors.solve(rows.reshape(len(x0), groups, 1, -1), damping).reshape(x0.shape)
 
 
 def forget_factors() -> None:
@@ -67,6 +69,10 @@ def _is_pointwise(module: Any) -> bool:
     return set(module.kernel_size) == {1} and not any(margins)
 
 
+def _groups(module: Any) -> int:
+    return int(module.groups) if type(module) in _CONVOLUTIONS else 1
+
+
 def _fits(outputs: int, inputs: int) -> bool:
     return min(outputs, inputs) <= _LEAST or max(outputs, inputs) <= _MOST
 
@@ -74,7 +80,7 @@ def _fits(outputs: int, inputs: int) -> bool:
 def _weight(module: Any) -> Tensor:
     """(groups, outputs, inputs) of a pointwise module."""
     weight: Tensor = module.weight.detach()
-    return weight.reshape(getattr(module, "groups", 1), -1, weight.shape[1])
+    return weight.reshape(_groups(module), -1, weight.shape[1])
 
 
 def _at_every_position(module: Any, x0: Tensor, rows: Tensor, damping: Tensor) -> Tensor:
@@ -106,11 +112,13 @@ def _factors(
 
 
 def _matrix(module: nn.Module, shape: torch.Size, device: torch.device) -> Tensor:
-    """(1, outputs, inputs) from the images of unit vectors."""
+    """(groups, outputs, inputs) from the images of unit vectors, the same in every group."""
     wide = copy.deepcopy(module).double()
     for place, value in wide.state_dict().items():
         if place.endswith(("bias", "running_mean")):  # what is constant; weights may be tiny to it
             value.zero_()
-    units = torch.eye(shape.numel(), dtype=torch.float64, device=device).view(-1, *shape)
-    images = [wide(some.clone()) for some in units.split(_CHUNK)]
-    return torch.cat(images).flatten(1).T[None]
+    groups = _groups(module)
+    inputs = shape.numel() // groups
+    units = torch.eye(inputs, dtype=torch.float64, device=device).repeat(1, groups)
+    images = [wide(some.view(-1, *shape)) for some in units.split(_CHUNK)]
+    return torch.cat(images).reshape(inputs, groups, -1).permute(1, 2, 0)
