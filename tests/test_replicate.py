@@ -364,7 +364,7 @@ def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: Mo
         "top1": 0.5,
         "fmce": {"image": figures, "paper": figures},
         "seconds": {"train": 60.0},
-        "images": {"train": 2000},
+        "images": {"train": 2000, "test": 351},
         "map": [1024, 2, 2],
         "parts": 1,
         "hardware": "a machine",
