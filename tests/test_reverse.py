@@ -334,6 +334,12 @@ def test_modules_without_usable_derivatives_are_refused(forward, says):
         reverse(Bad(forward), torch.rand(shape), torch.rand(3, 2, 2))
 
 
+def test_tiny_weights_are_not_taken_for_a_derivative_that_is_missing():
+    x0 = torch.randn(3, 4)
+    found = reverse(Bad(lambda x: torch.tanh(x * 1e-25)), torch.rand(3, 4), x0)
+    assert found.x.isfinite().all() and (found.status != Status.UNCHANGED).all()
+
+
 def test_a_forward_of_its_own_is_not_taken_for_the_plain_module():
     module, x0 = nn.Linear(4, 4), torch.randn(3, 4)
     plain = module.forward

@@ -64,7 +64,7 @@ def same_start(fabric: Fabric, step: int, folder: Path) -> None:
     TrainingError
         Another process found another number of steps in its ``folder``.
     """
-    steps = fabric.all_gather(torch.tensor(step))
+    steps = fabric.all_gather(torch.tensor(step, device=fabric.device))
     assert isinstance(steps, Tensor)
     if (steps != step).any():
         raise TrainingError(
