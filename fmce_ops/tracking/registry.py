@@ -11,8 +11,9 @@ import mlflow
 import numpy as np
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 import fmce_ops
@@ -41,34 +42,60 @@ def log_network(
 ) -> str:
     """Log a network to the run once and return its ``models:/m-...`` URI.
 
+    What a killed process left half-logged is completed, not logged beside it.
+
     ``example``: (n, C, H, W) with n >= 2, one input as a user would send it.
     """
-    known = _logged(run, name)
-    if known:
-        return known
-    with tempfile.TemporaryDirectory() as folder:
-        save_network(Path(folder) / name, network, state)
-        info = mlflow.pyfunc.log_model(
-            name=name,
-            loader_module="fmce_ops.tracking.serving",
-            data_path=str(Path(folder) / name),
-            code_paths=[str(Path(fmce_ops.__file__).parent)],
-            pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
-            signature=_signature(network),
-            input_example=example,
-            step=step,
-            model_type=network.kind,
-        )
-    return str(info.model_uri)
+    model = _begun(run, name) or _begin(run, name, network.kind)
+    if model.status != LoggedModelStatus.READY:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "model"
+            save_network(Path(folder) / name, network, state)
+            mlflow.pyfunc.save_model(
+                saved,
+                loader_module="fmce_ops.tracking.serving",
+                data_path=str(Path(folder) / name),
+                code_paths=[str(Path(fmce_ops.__file__).parent)],
+                mlflow_model=Model(model.artifact_location, run.id, model_id=model.model_id),
+                pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
+                signature=_signature(network),
+                input_example=example,
+            )
+            run.client.log_model_artifacts(model.model_id, str(saved))
+        run.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    _link(run, model.model_id, step)
+    return str(model.model_uri)
 
 
-def _logged(run: Run, name: str) -> str | None:
+def _begin(run: Run, name: str, kind: str) -> LoggedModel:
     record = run.client.get_run(run.id)
-    for output in record.outputs.model_outputs if record.outputs else []:
-        model = run.client.get_logged_model(output.model_id)
-        if model.name == name and model.status == "READY":
-            return str(model.model_uri)
-    return None
+    return run.client.create_logged_model(
+        record.info.experiment_id, name, run.id, params=record.data.params, model_type=kind
+    )
+
+
+def _link(run: Run, model_id: str, step: int) -> None:
+    """Make the model an output of the run, with what the run measured at its step."""
+    record = run.client.get_run(run.id)
+    linked = record.outputs.model_outputs if record.outputs else []
+    if model_id in [output.model_id for output in linked]:
+        return
+    measured = [
+        Metric(metric.key, metric.value, metric.timestamp, metric.step, model_id)
+        for key in record.data.metrics
+        for metric in run.client.get_metric_history(run.id, key)
+        if metric.step == step
+    ]
+    run.client.log_batch(run.id, metrics=measured)
+    run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
+
+
+def _begun(run: Run, name: str) -> LoggedModel | None:
+    """The model of this name that the run has logged, or begun to."""
+    experiment = run.client.get_run(run.id).info.experiment_id
+    query = f"source_run_id = '{run.id}' AND name = '{name}'"
+    found = run.client.search_logged_models([experiment], query)
+    return found[0] if found else None
 
 
 def _signature(network: Network) -> ModelSignature:

@@ -1,0 +1,50 @@
+"""What a killed process left in the model store is completed, not doubled."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
+
+from tests.project import command
+
+LOG = """
+import os, signal, sys
+import numpy as np
+from mlflow.tracking import MlflowClient
+from fmce_ops.tracking.registry import load_network, log_network, model_folder
+from fmce_ops.tracking.runs import tracked
+from fmce_ops.tracking.serving import Network
+
+store, run_id, dies_in = sys.argv[1:]
+os.environ["MLFLOW_TRACKING_URI"] = store
+if dies_in:
+    setattr(MlflowClient, dies_in, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+network = Network("fmce-net", {"shape": (3, 2, 2), "phases": 4}, {})
+with tracked("test", run_id or None, params={}, tags={}, system_metrics=False) as run:
+    print(run.id, flush=True)
+    run.final({"loss": 0.5}, 1000, 7)
+    state = network.build().state_dict()
+    uri = log_network(run, "net", network, state, np.zeros((2, 3, 2, 2), "float32"), step=7)
+    assert uri == log_network(run, "net", network, state, np.zeros((2, 3, 2, 2), "float32"), step=7)
+    load_network(model_folder(uri))
+"""
+
+
+@pytest.mark.parametrize(
+    "dies_in", ["log_model_artifacts", "finalize_logged_model", "log_outputs", "set_terminated"]
+)
+def test_a_model_that_was_begun_is_completed(tmp_path: Path, dies_in: str) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    killed = command(tmp_path, sys.executable, "-c", LOG, store, "", dies_in, code=-9)
+    (run_id,) = killed.stdout.split()
+    again = command(tmp_path, sys.executable, "-c", LOG, store, run_id, "")
+    assert again.stdout.split() == [run_id]
+    client = MlflowClient(store)
+    run = client.get_run(run_id)
+    (made,) = client.search_logged_models([run.info.experiment_id])
+    assert made.status == LoggedModelStatus.READY
+    assert [(metric.key, metric.value) for metric in made.metrics] == [("loss", 0.5)]
+    (linked,) = run.outputs.model_outputs
+    assert (linked.model_id, linked.step) == (made.model_id, 7)
