@@ -3,9 +3,9 @@
 python benchmarks/maturity.py FOLDER --raw DATA            # train, describe and judge all runs
 python benchmarks/maturity.py FOLDER --raw DATA --write    # and keep the tables and the judge
 
-A fine run has few images and many epochs, so that its loss comes down to where it stays: maturity
-is the share of the run's own fall, and where runs end half-way the same maps would have to be
-called finished in one run and begun in another.
+A fine run ends where the loss of its weights on all its training images comes down to .01: maturity
+is the share of a run's own fall, and where runs end half-way the same maps would have to be called
+finished in one run and begun in another.
 
 FOLDER holds all state: a call that was stopped goes on where it was, and several calls with
 --share 1/2 and 2/2 train and describe side by side. DATA holds MNIST and Fashion-MNIST as
@@ -26,13 +26,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fmce_ops.convergence import epoch_markers, maturity, smooth
 from fmce_ops.data import Augment, Images, TrainBatches, prepare, to_input
 from fmce_ops.figures import save_figure
 from fmce_ops.maturity import (
+    COUNT,
     DEPTHS,
     READ,
     SIZES,
+    VIEWED,
+    VIEWS_OF_ONE,
     Judge,
     Score,
     find_modules,
@@ -67,7 +69,11 @@ DATA = {
     "cifar": "image-folder",
 }
 PER_CLASS, FEW = 50, 20  # training images; FEW for runs that overfit
-EPOCHS, MANY = 72, 100
+EPOCHS = {"digits": 16, "mnist": 16, "fashion": 28, "cifar": 36}
+POINTS = {"digits": 4, "mnist": 4, "fashion": 2, "cifar": 2}  # of an epoch
+MANY = 60  # epochs of runs that overfit
+CONVERGED = 0.01  # loss at which a run is mature
+CLASSES = 10  # of every data set
 TOO_HIGH, TOO_LOW = 0.1, 1e-5  # learning rates
 NETWORKS = {
     "s05": ("shufflenet_v2_x0_5", "small", None),
@@ -83,7 +89,7 @@ MODULES = {
     "mob": ("block1", "block2", "block3", "last"),
 }
 SIZE, IMAGES, CHECKPOINTS, PHASES = 16, 256, 12, 10
-PLAN, FOLDS = JudgePlan(steps=400), 3
+PLAN, FOLDS = JudgePlan(steps=500), 3
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "maturity.png"
 
 
@@ -161,14 +167,13 @@ class Spec:
     @property
     def epochs(self) -> int:
         """Of training."""
-        return MANY if self.few else EPOCHS
+        return MANY if self.few else EPOCHS[self.data]
 
 
 def specs() -> list[Spec]:
     """All runs: fine ones, and those that are not."""
-    found = [Spec(d, n, s) for s, d, n in product((0, 1), DATA, MODULES)]
+    found = [Spec(d, n, s) for s, d, n in product((0, 1, 2), DATA, MODULES)]
     found += [Spec(d, "s10", 0) for d in DATA]
-    found += [Spec(d, "s05", 2) for d in DATA]
     frozen = ["cifar r20", "fashion s05", "digits cnn", "mnist r20", "digits s05", "fashion cnn"]
     for data, network in map(str.split, frozen):
         found += [Spec(data, network, 5, frozen=module) for module in MODULES[network]]
@@ -207,7 +212,10 @@ def build_network(spec: Spec, classes: int) -> Classifier:
 
 
 def train(spec: Spec, folder: Path, raw: Path) -> list[float]:
-    """Losses of the run; its weights of every point lie in its folder."""
+    """Loss of all its training images at every point, where its weights lie in its folder too.
+
+    The mean over the epoch before would lag behind the weights, the more the faster a run is.
+    """
     done = folder / "runs16" / spec.name / "done.json"
     if done.exists():
         return list(json.loads(done.read_text())["train"])
@@ -220,7 +228,6 @@ def train(spec: Spec, folder: Path, raw: Path) -> list[float]:
     pixels, labels = images.load("train")
     if spec.shuffled:
         labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(7))]
-    flip = spec.data in ("fashion", "cifar") and not spec.few
     batches = TrainBatches(
         pixels,
         labels,
@@ -228,25 +235,32 @@ def train(spec: Spec, folder: Path, raw: Path) -> list[float]:
         size=SIZE,
         mean=images.mean,
         std=images.std,
-        augment=Augment(pad=0 if spec.few else 1, flip=flip),
+        augment=Augment(),
         seed=spec.seed,
     )
-    held_out = Validation(*images.load("val"), SIZE, images.mean, images.std)
+    all_of_them = Validation(pixels, labels, SIZE, images.mean, images.std)
     lr = spec.lr or (2e-3 if spec.network[0] == "s" else 1e-3)
-    plan = Plan(spec.epochs, 1, "adam", lr, 0.0, "cosine", spec.seed)
-    found = train_classifier(launch(), network, batches, held_out, plan, done.parent, Reporters())
-    losses = [point.train_loss for point in found]
+    plan = Plan(spec.epochs, POINTS[spec.data], "adam", lr, 0.0, "cosine", spec.seed)
+    found = train_classifier(
+        launch(), network, batches, all_of_them, plan, done.parent, Reporters()
+    )
+    losses = [point.val_loss for point in found]
     done.write_text(json.dumps({"train": losses}))
     print(spec.name, f"trained to {losses[-1]:.4f}", flush=True)
     return losses
 
 
-def truth(losses: Sequence[float], fine: Sequence[float]) -> list[float]:
-    """Maturity at every point: of a run that is not fine, on the scale of one that is."""
-    if losses is fine:
-        return maturity(losses, epoch_markers(losses, 1, 1e-9)).tolist()
-    own, scale = (np.log(smooth(curve)) for curve in (losses, fine))
-    return ((scale[0] - own) / (scale[0] - scale[-1])).clip(0, 1).tolist()
+def truth(losses: Sequence[float], spec: Spec) -> tuple[list[float], int]:
+    """Maturity at every point, and the last point that counts.
+
+    The share of the fall in log loss, 0 at the loss of a guess, 1 at CONVERGED, where a fine run
+    ends.
+    """
+    curve = np.asarray(losses)
+    shares = np.log(CLASSES) / np.minimum(curve, np.log(CLASSES))
+    shares = np.minimum(np.log(shares) / np.log(np.log(CLASSES) / CONVERGED), 1)
+    reached = np.flatnonzero(curve <= CONVERGED) if spec.fine else []
+    return shares.tolist(), int(reached[0]) + 1 if len(reached) else len(curve)
 
 
 def described(spec: Spec, folder: Path) -> bool:
@@ -260,14 +274,9 @@ def describe(spec: Spec, folder: Path, raw: Path) -> None:
     if described(spec, folder):
         return
     losses = train(spec, folder, raw)
-    fine = losses if spec.fine else train(Spec(spec.data, spec.network, 0), folder, raw)
-    curve = truth(losses, fine)
-    points = choose_points(curve, CHECKPOINTS) if spec.fine else []
-    points = (
-        points
-        if len(points) > 3
-        else np.linspace(1, len(curve), CHECKPOINTS).round().astype(int).tolist()
-    )
+    curve, end = truth(losses, spec)
+    evenly = np.linspace(1, end, CHECKPOINTS).round().astype(int).tolist()
+    points = choose_points(curve[:end], CHECKPOINTS) if spec.fine else evenly
     weights = folder / "runs16" / spec.name
     start = Checkpoint(point_file(weights, 0), 0, 0.0)
     checkpoints = [start, *(Checkpoint(point_file(weights, p), p, curve[p - 1]) for p in points)]
@@ -389,6 +398,13 @@ def read(spec: Spec, folder: Path) -> Read:
     return Read(spec, run, json.loads(Path(f"{store}.json").read_text()))
 
 
+def without_lone_maps(run: StudiedRun) -> StudiedRun:
+    """Where a network is at hand, an image is read by its views; a map alone is for the served."""
+    told = run.start[:, 0]
+    kept = (told[:, VIEWED] > 0) | (told[:, COUNT] > 0)
+    return replace(run, descriptors=run.descriptors[:, kept], start=run.start[kept])
+
+
 def place(run: StudiedRun, spec: Spec) -> int:
     """Which module is the frozen one."""
     return next(i for i, name in enumerate(run.modules) if name.endswith(f".{spec.frozen}"))
@@ -428,14 +444,19 @@ def learned(split: Split, judged_: Read, runs: Sequence[Read]) -> list[StudiedRu
 
 def judge_of(runs: Sequence[StudiedRun], folder: Path) -> Judge:
     """A judge that learned from these runs, made once and kept."""
-    key = repr([run.name for run in runs]) + repr(PLAN) + repr((FOLDS, READ))
-    path = folder / "judges" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    path = judge_file(runs, folder)
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         save_weights(path, certain_judge(runs, PLAN, FOLDS).state_dict(), {})
     judge = Judge(PLAN.width, PLAN.members)
     load_into(judge, path)
     return judge.eval()
+
+
+def judge_file(runs: Sequence[StudiedRun], folder: Path) -> Path:
+    """Where a judge of these runs is kept."""
+    key = repr([run.name for run in runs]) + repr(PLAN) + repr((FOLDS, READ))
+    return folder / "judges" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
 def baseline_figures(name: str, split: Split, runs: Sequence[Read]) -> tuple[float, float] | None:
@@ -483,7 +504,7 @@ def fmce_net(folder: Path, raw: Path, runs: Sequence[Read]) -> dict[str, LeftOut
             each = (shares @ truth_known).view(y.shape[:2])
             whole = each.mean(1, keepdim=True)
             value = torch.cat([each, whole], dim=1)
-            size = torch.tensor([0] * y.shape[1] + [len(SIZES) - 1]).expand(value.shape)
+            size = torch.tensor([VIEWS_OF_ONE] * y.shape[1] + [len(SIZES)]).expand(value.shape)
             true = truth_new[:, None].expand(value.shape).flatten()
             said, size = value.flatten(), size.flatten()
             last = torch.full_like(size, DEPTHS - 1)
@@ -556,13 +577,13 @@ def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
     rows, named = [], ""
     for split in SPLITS:
         found = judge_split(split, runs, folder)
-        one, many = summary(list(found.values()), min), summary(list(found.values()), max)
+        one, many = summary(list(found.values()), VIEWS_OF_ONE), summary(list(found.values()))
         rows.append(row(split[0], "judge", len(found), one, many))
         if split[0] == "one module frozen":
             named = "{} of {}".format(*named_frozen(found, runs))
         if split[0] == "unseen seed":
             found = fmce_net(folder, raw, runs)
-            one, many = summary(list(found.values()), min), summary(list(found.values()), max)
+            one, many = summary(list(found.values()), VIEWS_OF_ONE), summary(list(found.values()))
             for figures in (one, many):
                 figures["coverage"] = float("nan")
             rows.append(row(split[0], "FMCE-Net (ShuffleNet V2 x0.5)", len(found), one, many))
@@ -623,17 +644,18 @@ def main() -> None:
         describe(spec, options.folder, options.raw)
     if of > 1 and not all(described(spec, options.folder) for spec in everything):
         return  # the other shares are still at work
-    runs = [read(spec, options.folder) for spec in everything]
-    for split in SPLITS:
-        for number, chosen in enumerate(r for r in runs if split[2](r.spec)):
-            if number % of == mine - 1:
-                judge_of(learned(split, chosen, runs), options.folder)
+    whole = [read(spec, options.folder) for spec in everything]
+    runs = [replace(r, run=without_lone_maps(r.run)) for r in whole]
+    needed = [learned(split, r, runs) for split in SPLITS for r in runs if split[2](r.spec)]
+    distinct = {judge_file(chosen, options.folder): chosen for chosen in needed}
+    for chosen in list(distinct.values())[mine - 1 :: of]:
+        judge_of(chosen, options.folder)
     if of > 1:
         return
     text = report(options.folder, options.raw, runs)
     print(text)
     if options.write:
-        everyone = [r.run for r in runs if r.spec.teaches]
+        everyone = [r.run for r in whole if r.spec.teaches]
         save_weights(SHIPPED, certain_judge(everyone, PLAN).state_dict(), {})
         Path(__file__).with_suffix(".md").write_text(text)
         draw(options.folder, runs)

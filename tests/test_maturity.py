@@ -8,24 +8,34 @@ import torch
 from fmce_ops.convergence import epoch_markers, maturity, smooth
 from fmce_ops.errors import ModelError, ShardError
 from fmce_ops.maturity import (
-    ALONE,
+    COUNT,
     DEPTHS,
     DESCRIPTORS,
+    EACH,
+    FEW,
+    READ,
     SIZES,
+    VIEWED,
+    VIEWS,
+    VIEWS_OF_ONE,
     Judge,
-    alone,
-    beside,
     cells,
     depths,
     describe,
     describe_bags,
     describe_each,
+    describe_views,
     find_modules,
     half_width,
+    kinds,
     load_judge,
     module_maps,
     next_to_train,
+    reading,
+    restarted,
     score,
+    start_of,
+    views,
 )
 from fmce_ops.models import build, save_weights
 from fmce_ops.training.maturity import (
@@ -89,6 +99,21 @@ class TestDescriptors:
         ):
             torch.testing.assert_close(row, describe(part), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(describe_each(made)[:2], bags[:2], rtol=1e-4, atol=1e-5)
+
+    def test_views_of_images_are_described_one_image_after_the_other(self) -> None:
+        made = maps(3, 8, 6, 5, 5)
+        found = describe_views(made)
+        expected = torch.stack([describe(part) for part in made]).mean(0)
+        torch.testing.assert_close(found[:COUNT], expected[:COUNT])
+        assert found[COUNT] == pytest.approx(np.log2(3)) and found[VIEWED] == 1
+        assert describe(made[0])[VIEWED] == 0
+
+    def test_what_remains_about_the_centres_of_groups(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        centres = 10 * torch.randn(4, 12, generator=generator).repeat(16, 1)
+        near = describe(centres + 0.1 * torch.randn(64, 12, generator=generator) + 50)
+        apart = (near - describe(50 + 5 * torch.randn(64, 12, generator=generator))).abs()
+        assert apart[EACH:COUNT].max() > 3  # the log share that four groups leave
 
     def test_vectors_are_maps_of_one_position(self) -> None:
         made = maps(4, 7)
@@ -180,26 +205,29 @@ class TestIntervals:
     def test_more_images_never_widen_the_interval(self) -> None:
         judge = Judge(4, 1)
         generator = torch.Generator().manual_seed(0)
-        size = torch.arange(len(SIZES)).repeat(30)
+        size = torch.arange(len(SIZES) + 1).repeat(30)
         where = [torch.zeros_like(size), size, torch.full_like(size, DEPTHS - 1)]
         errors = [
             torch.stack([torch.rand(len(size), generator=generator), *where], dim=1)
             for _ in range(12)
         ]
         calibrate(judge, errors)
-        beside, alone = judge.half_widths
-        assert (beside.diff(dim=0) <= 0).all()
-        assert (beside[:, 0] == 1).all()  # nothing is known of early modules
+        known, alone = judge.half_widths
+        assert (known.diff(dim=0) <= 0).all()
+        assert (known[:, 0] == 1).all()  # nothing is known of early modules
         assert (alone == 1).all()  # nor of any without its network
 
     def test_a_count_between_two_sizes_has_the_interval_of_the_smaller(self) -> None:
-        descriptors = torch.zeros(4, DESCRIPTORS)
-        descriptors[:, -1] = torch.tensor([1.0, 15.0, 100.0, 1000.0]).log2()
-        for rows, unknown in ((beside(descriptors[:, None])[:, 0], 0), (alone(descriptors), 1)):
-            network, size, depth = cells(rows, torch.tensor([0.0, 0.5, 0.9, 1.0]))
-            assert network.tolist() == [unknown] * 4
-            assert [SIZES[i] for i in size] == [1, 1, 64, 256]
-            assert depth.tolist() == [0, 1, 2, 2]
+        descriptors = torch.zeros(5, 1, DESCRIPTORS)
+        descriptors[:, 0, COUNT] = torch.tensor([1.0, 15.0, 3.0, 100.0, 1000.0]).log2()
+        descriptors[2, 0, VIEWED] = 1.0
+        known = {"start": descriptors, "network": descriptors}
+        depth = torch.tensor([0.0, 0.5, 0.9, 0.9, 1.0])
+        for told, unknown in ((known, 0), ({}, 1), ({"start": descriptors}, 1)):
+            alone, size, part = cells(reading(descriptors, **told)[:, 0], depth)
+            assert alone.tolist() == [unknown] * 5
+            assert size.tolist() == [0, 0, 1, 3, 4]
+            assert part.tolist() == [0, 1, 2, 2, 2]
 
 
 def synthetic(name: str, seed: int, modules: int = 2) -> StudiedRun:
@@ -207,18 +235,23 @@ def synthetic(name: str, seed: int, modules: int = 2) -> StudiedRun:
     generator = torch.Generator().manual_seed(seed)
     truth = torch.linspace(0, 1, 6)[:, None].expand(6, modules)
     sizes = torch.tensor(bag_sizes(64))
-    rows = torch.randn(6, len(sizes), modules, DESCRIPTORS, generator=generator)
+    rows = torch.randn(7, len(sizes), modules, DESCRIPTORS, generator=generator)
     rows /= sizes[:, None, None].sqrt()
-    rows[..., :4] += 4 * truth[:, None, :, None] + 0.2 * torch.randn(1, generator=generator)
-    rows[..., -1] = sizes.log2()[:, None]
-    return StudiedRun(name, tuple("ab"[:modules]), rows, truth)
+    own = 0.2 * torch.randn(1, generator=generator)
+    level = torch.cat([torch.zeros(1, modules), truth])[:, None, :, None] * 4 + own
+    rows[..., :4] += level
+    rows[..., EACH : EACH + 4] += level
+    rows[..., COUNT] = sizes.log2()[:, None]
+    rows[..., VIEWED] = 0.0
+    rows[:, 32:64, :, VIEWED] = 1.0
+    return StudiedRun(name, tuple("ab"[:modules]), rows[1:], rows[0], truth)
 
 
 class TestJudge:
     def test_runs_left_out_are_put_in_order(self) -> None:
         runs = [synthetic(str(k), k) for k in range(4)]
         found = leave_out(runs, PLAN, Reporters(), lambda: 0)
-        figures = summary(list(found.values()), max)
+        figures = summary(list(found.values()))
         assert figures["spearman"] > 0.9
         assert figures["error"] < 0.15
         assert figures["coverage"] == 1.0 and figures["width"] == 1.0  # four runs bear no interval
@@ -226,7 +259,7 @@ class TestJudge:
     def test_nine_runs_bear_an_interval_that_is_narrower_for_more_images(self) -> None:
         judge = certain_judge([synthetic(str(k), k) for k in range(9)], PLAN, folds=3)
         found = judged(judge, synthetic("new", 99))
-        one, many = summary([found], min), summary([found], max)
+        one, many = summary([found], VIEWS_OF_ONE), summary([found])
         assert many["width"] < one["width"]
         assert many["coverage"] >= 0.5
 
@@ -253,38 +286,55 @@ class TestJudge:
 
     def test_what_lies_far_from_all_that_was_seen_is_still_judged(self) -> None:
         judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
-        far = torch.full((1, DESCRIPTORS), 1e6)
-        for rows in (beside(far), alone(far)):
-            assert 0 <= judge(rows, torch.ones(1)).item() <= 1
+        for far in torch.tensor([1e6, 1e30])[:, None, None].expand(2, 1, DESCRIPTORS):
+            for known in ({}, {"start": -far, "network": far}):
+                assert 0 <= judge(reading(far, **known), torch.ones(1)).item() <= 1
 
-    def test_a_module_is_judged_beside_its_network_and_with_less_certainty_alone(self) -> None:
+    def test_a_module_is_judged_with_its_network_and_with_less_certainty_alone(self) -> None:
         judge = certain_judge([synthetic(str(k), k) for k in range(9)], PLAN, folds=3)
-        rows, depth, truth = synthetic("new", 99).rows()
-        for kind in (rows, alone(rows[:, :DESCRIPTORS])):
+        for alone in (False, True):
+            rows, depth, truth = synthetic("new", 99).rows(alone=alone)
             with torch.no_grad():
-                assert (judge(kind, depth) - truth)[-2:].abs().max() < 0.3
-        rows[:, DESCRIPTORS:] += 3.0
-        assert not torch.equal(judge(rows, depth), judge(synthetic("new", 99).rows()[0], depth))
+                assert (judge(rows, depth) - truth)[-2:].abs().max() < 0.3
+        assert (judge.half_widths[0] <= judge.half_widths[1] + 1e-6).float().mean() > 0.5
 
-    @pytest.mark.parametrize(("count", "unread"), [(0.0, slice(ALONE, -1)), (8.0, slice(ALONE))])
-    def test_half_of_the_members_read_what_other_families_share(
-        self, count: float, unread: slice
-    ) -> None:
+    def test_a_vote_needs_what_its_member_reads_and_counts_less_from_afar(self) -> None:
         judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
-        own = torch.randn(1, DESCRIPTORS, generator=torch.Generator().manual_seed(0))
-        own[:, -1] = count  # log2 of the images
-        other = own.clone()
-        other[:, :-1][:, unread] += 1.0
+        rows, depth, _ = synthetic("z", 2).rows()
+        rows, depth = rows[-1:], depth[-1:]
 
-        def votes(rows: torch.Tensor) -> torch.Tensor:
-            return judge.votes(judge.standardised(rows, torch.ones(1)), judge.seen(rows))[:, 0]
+        def weights(rows: torch.Tensor) -> torch.Tensor:
+            voters = judge.electorate(int(kinds(rows)))
+            found = voters.votes(voters.standardised(rows, depth))[1][:, 0]
+            assert found.sum().item() == pytest.approx(1, abs=1e-5)
+            return found
 
-        before, after = votes(beside(own, own)), votes(beside(other, other + 1))
-        assert before[0] != after[0]
-        assert before[1] == after[1]
-        changed = own.clone()
-        changed[:, ALONE - 1 : ALONE + 1] += 1.0  # the last of each map, the first between maps
-        assert votes(beside(changed, own))[1] != before[1]
+        before = weights(rows)
+        assert (before > 0).all()
+        without_network, without_start, far = rows.clone(), rows.clone(), rows.clone()
+        without_network[:, 2 * DESCRIPTORS :] = torch.nan
+        without_start[:, DESCRIPTORS : 2 * DESCRIPTORS] = torch.nan
+        far[:, 2 * DESCRIPTORS :] += 100.0
+        assert (weights(without_network) > 0).tolist() == [False, True, True, True]
+        assert (weights(without_start) > 0).tolist() == [True, False, False, True]
+        assert weights(far)[0] < 0.01 * before[0]
+        with torch.no_grad():
+            scores = [judge(part, depth).item() for part in (rows, far)]
+        assert abs(scores[0] - scores[1]) < 0.2
+
+    def test_members_read_what_they_are_meant_to(self) -> None:
+        one, views_of_one, several = map(Judge(8, 1).electorate, range(3))
+        for voters, counts in ((one, (70, 70, 70)), (views_of_one, (112, 112, 42))):
+            every, _, part = counts
+            read = [set(members.columns.tolist()) for members in voters.patterns]
+            assert list(map(len, read)) == [2 * every + 2, 2 * every + 2, 2 * part + 2, part + 2]
+            assert all(COUNT in columns and READ in columns for columns in read)
+        read = [set(members.columns.tolist()) for members in several.patterns]
+        start, network = range(DESCRIPTORS, 2 * DESCRIPTORS), range(2 * DESCRIPTORS, READ)
+        assert [bool(columns & set(start)) for columns in read] == [False, True, True, False]
+        assert [bool(columns & set(network)) for columns in read] == [True, False, False, False]
+        assert not any(columns & set(range(EACH)) for columns in read[2:])
+        assert not any(VIEWED in columns for columns in read)
 
     def test_the_last_module_of_one_lies_at_the_end(self) -> None:
         assert depths(1).tolist() == [1.0]
@@ -304,11 +354,43 @@ class TestScore:
     def test_of_many_images_the_mean_over_parts_is_taken(self) -> None:
         network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
         images = torch.rand(512, 3, 16, 16)
+        start = start_of(network, images)
         whole, first, second = (
-            score(network, part, judge=self.judge)["backbone.conv5"].value
+            score(network, part, judge=self.judge, start=start)["backbone.conv5"].value
             for part in (images, images[:256], images[256:])
         )
         assert whole == pytest.approx((first + second) / 2, abs=1e-6)
+
+    def test_few_images_are_shown_altered_and_score_the_same_in_any_company(self) -> None:
+        network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
+        images = torch.rand(FEW - 1, 3, 16, 16)
+        start = start_of(network, images[:1])
+        one = score(network, images[:1], judge=self.judge, start=start)["backbone.conv5"].value
+        first = [
+            score(network, part, judge=self.judge)["backbone.conv5"].value
+            for part in (images[:1], images[:1].clone())
+        ]
+        assert first == [one, one]
+        seen = views(images)
+        assert seen.shape == (FEW - 1, VIEWS, 3, 16, 16)
+        torch.testing.assert_close(seen[:, 0], images)
+        torch.testing.assert_close(seen[3], views(images[3:4])[0])
+        assert (seen[:, 1:] - images[:, None]).abs().mean(dim=(0, 2, 3, 4)).min() > 0.05
+
+    def test_a_network_that_cannot_be_made_anew_is_judged_without_its_start(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 8, 3)
+                self.scale = nn.Parameter(torch.ones(1))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                made: torch.Tensor = self.conv(x) * self.scale
+                return made
+
+        network, images = Scaled(), torch.rand(20, 3, 8, 8)
+        assert start_of(network, images).isnan().all()
+        assert 0 <= score(network, images, judge=self.judge)["conv"].value <= 1
 
     def test_a_named_module_keeps_its_place_in_the_network(self) -> None:
         network = models.resnet18(weights=None)
@@ -340,7 +422,7 @@ class TestStudy:
         assert choose_points([0.0, 1.0], 12) == [1, 2]
 
     def test_bags_are_of_all_sizes_that_fit(self) -> None:
-        assert bag_sizes(20) == [1] * 20 + [16]
+        assert bag_sizes(20) == [1] * 40 + [16]
         assert bag_sizes(256).count(64) == 4 and bag_sizes(256)[-1] == 256
 
     def test_a_run_is_described_read_back_and_refused_when_it_is_something_else(
@@ -359,12 +441,21 @@ class TestStudy:
             )
         manifest.save(store)
         run = read_run(store, "x")
-        assert run.descriptors.shape == (3, 19, 5, DESCRIPTORS)
+        assert run.descriptors.shape == (3, 37, 5, DESCRIPTORS)
+        assert run.start.shape == (37, 5, DESCRIPTORS)
+        with restarted(classifier) as possible:
+            made = module_maps(classifier, inputs[:16], find_modules(classifier, inputs))
+        assert possible
+        torch.testing.assert_close(run.start[-1, -1], describe(made[-1]))
         assert run.maturity[:, 0].tolist() == [0.0, 0.5, 1.0]
         found = find_modules(classifier, inputs)
         expected = describe(module_maps(classifier, inputs[:16], found)[-1])
-        assert run.descriptors[0, 18, 4, -1] == 4.0  # log2 of 16 images
-        assert expected.shape == run.descriptors[0, 18, 4].shape
+        torch.testing.assert_close(run.descriptors[0, 36, 4], expected)
+        assert run.descriptors[0, 36, 4, COUNT] == 4.0  # log2 of 16 images
+        seen = module_maps(classifier, views(inputs[5:6])[0], found)[-1]
+        torch.testing.assert_close(
+            run.descriptors[0, 18 + 5, 4], describe_views(seen[None]), rtol=1e-3, atol=1e-4
+        )
         from dataclasses import replace
 
         replace(manifest, provenance={"run": "x"}).save(store)

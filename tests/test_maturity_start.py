@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fmce_ops.errors import ModelError
-from fmce_ops.maturity import Score, find_modules, next_to_train, untrained
+from fmce_ops.maturity import Score, find_modules, next_to_train, restarted, untrained
 from fmce_ops.models import build
 from torch import nn
 from torchvision import models
@@ -84,3 +84,34 @@ def test_an_untrained_module_is_the_next_to_train() -> None:
     scores = {"a": Score(0.2, 0, 1), "b": Score(0.9, 0, 1), "c": Score(0.8, 0, 1)}
     assert next_to_train(scores) == "a"
     assert next_to_train(scores, ["b", "c"]) == "c"
+
+
+def test_a_network_is_restarted_for_a_while_always_alike_and_then_itself_again() -> None:
+    model = trained(network(3), 2, 1e-2).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        expected = torch.rand(3, generator=torch.Generator().manual_seed(seed))
+        with pytest.raises(ValueError, match="within"), restarted(model) as possible:
+            assert possible
+            drawn.append({name: value.clone() for name, value in model.state_dict().items()})
+            raise ValueError("within")
+        assert torch.equal(torch.rand(3), expected)  # the random numbers go on as they would have
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert torch.equal(drawn[0][name], drawn[1][name])
+    assert set(found(network(4), model)) == set()
+    with restarted(model):
+        assert set(found(model, network(4))) >= {"backbone.stage4"}
+
+
+def test_a_network_that_cannot_draw_its_weights_stays_as_it_is() -> None:
+    convolution = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU())
+    bare.register_parameter("free", nn.Parameter(torch.ones(2)))
+    for model in (nn.Sequential(convolution), bare):
+        before = [p.clone() for p in model.parameters()]
+        with restarted(model) as possible:
+            assert not possible
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

@@ -1,54 +1,71 @@
 """Maturity that transfers: scores for the modules of any network, also one never seen."""
 
 from fmce_ops.maturity.descriptors import (
-    ALONE,
+    COUNT,
     DESCRIPTORS,
+    EACH,
+    VIEWED,
     describe,
     describe_bags,
     describe_each,
+    describe_views,
 )
 from fmce_ops.maturity.judge import (
     COVERAGE,
     DEPTHS,
+    FEW,
     FEWEST,
     READ,
     SIZES,
+    VIEWS_OF_ONE,
+    Electorate,
     Judge,
     Score,
-    alone,
-    beside,
     cells,
     depths,
     half_width,
+    kinds,
     load_judge,
+    reading,
 )
 from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
-from fmce_ops.maturity.scoring import next_to_train, score
-from fmce_ops.maturity.start import untrained
+from fmce_ops.maturity.scoring import next_to_train, score, start_of
+from fmce_ops.maturity.start import restarted, untrained
+from fmce_ops.maturity.views import VIEWS, views
 
 __all__ = [
-    "ALONE",
+    "COUNT",
     "COVERAGE",
     "DEPTHS",
     "DESCRIPTORS",
+    "EACH",
+    "FEW",
     "FEWEST",
     "READ",
     "SIZES",
+    "VIEWED",
+    "VIEWS",
+    "VIEWS_OF_ONE",
+    "Electorate",
     "FunctionalModule",
     "Judge",
     "Score",
-    "alone",
-    "beside",
     "cells",
     "depths",
     "describe",
     "describe_bags",
     "describe_each",
+    "describe_views",
     "find_modules",
     "half_width",
+    "kinds",
     "load_judge",
     "module_maps",
     "next_to_train",
+    "reading",
+    "restarted",
     "score",
+    "start_of",
     "untrained",
+    "views",
 ]

@@ -16,22 +16,27 @@ from fmce_ops.errors import ModelError
 _QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 _SIDE = 8  # of the map whose singular values are taken; larger maps are averaged to it
 _ENERGIES = (1, 2, 4, 8, 16, 32)  # directions whose share of the variance over images is read
+_CLUSTERS, _LLOYD = (2, 4, 8, 16), 8  # counts that images are grouped in, and steps of it
 _AT_ONCE = 2**20  # numbers that are worked on together, so that they stay near the processor
 _TINY = 1e-12
-ALONE = 4 * len(_QUANTILES) + 7  # numbers of each map, the first; then those between maps
-_BETWEEN = 4 * len(_QUANTILES) + 4 + len(_ENERGIES)
-DESCRIPTORS = ALONE + _BETWEEN + 1  # numbers that describe any count of maps
+_LEAST = 1e-4  # share that remains about centres; less is said to be this
+_ALONE = 4 * len(_QUANTILES) + 7
+_BETWEEN = 4 * len(_QUANTILES) + 4 + len(_ENERGIES) + len(_CLUSTERS)
+EACH = 2 * _ALONE  # numbers of the maps by themselves, the first; then those between maps
+DESCRIPTORS = EACH + _BETWEEN + 2  # numbers that describe any count of maps
+COUNT, VIEWED = DESCRIPTORS - 2, DESCRIPTORS - 1  # where log2 of the images lies, and whether views
 
 
 def describe(maps: Tensor) -> Tensor:
     """Descriptors of N >= 1 maps of one module together.
 
-    Relative to each map's mean absolute value, and then as the mean over maps: quantiles over
-    channels of the mean, of the standard deviation, of the largest value and of the share of
-    positive values; log scale, sparsity, kurtosis, roughness, and the spectrum of channels x
-    positions. Between the maps, averaged over positions: the share of their energy that all have
-    in common, the spectrum of the rest, the cosines, the distance to the nearest other, and over
-    channels the kurtosis and the variation; zero where there is one map alone. The last is log2 N.
+    Relative to each map's mean absolute value, and then as the mean and the standard deviation over
+    maps: quantiles over channels of the mean, of the standard deviation, of the largest value and
+    of the share of positive values; log scale, sparsity, kurtosis, roughness, and the spectrum of
+    channels x positions. Between the maps, averaged over positions: the share of their energy that
+    all have in common, the spectrum of the rest, the cosines, the distance to the nearest other,
+    the share that remains of it about the centres of 2 to 16 groups, and over channels the kurtosis
+    and the variation; zero where there is one map alone. The last are log2 N, and 0.
 
     Parameters
     ----------
@@ -56,6 +61,22 @@ def describe_each(maps: Tensor) -> Tensor:
     return F.pad(each, (0, DESCRIPTORS - each.shape[1]))
 
 
+def describe_views(maps: Tensor) -> Tensor:
+    """Mean over images of what :func:`describe` gives for the views of each.
+
+    Parameters
+    ----------
+    maps : (n, v, C, h, w), v >= 2 maps of each of n images.
+
+    Returns
+    -------
+    (DESCRIPTORS,)
+        Its last are log2 n, and 1.
+    """
+    rows = torch.stack([describe(views) for views in maps])
+    return torch.cat([rows.mean(0)[:COUNT], rows.new_tensor([math.log2(len(maps)), 1.0])])
+
+
 def describe_bags(maps: Tensor, sizes: Sequence[int]) -> Tensor:
     """What :func:`describe` gives for the first ``sizes[0]`` maps, for the next, and so on.
 
@@ -78,8 +99,8 @@ def describe_bags(maps: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _together(maps: Tensor, each: Tensor) -> Tensor:
     between = _between(maps) if len(maps) > 1 else maps.new_zeros(_BETWEEN)
-    count = maps.new_tensor([math.log2(len(maps))])
-    return torch.cat([each.mean(0), between, count])
+    count = maps.new_tensor([math.log2(len(maps)), 0.0])
+    return torch.cat([each.mean(0), each.std(0, correction=0), between, count])
 
 
 def _each(maps: Tensor) -> Tensor:
@@ -117,7 +138,8 @@ def _between(maps: Tensor) -> Tensor:
     variance = rest.square().sum(1).mean()
     total = (maps.square().sum() / maps[:, 0].numel() - mean.square().sum()).clamp_min(_TINY)
     shares = torch.stack([variance / energy, variance / total])
-    return torch.cat([shares, _directions(rest), _neighbours(rest), _selectivity(pooled)])
+    parts = _directions(rest), _neighbours(rest), _groups(rest), _selectivity(pooled)
+    return torch.cat([shares, *parts])
 
 
 def _checked(maps: Tensor) -> Tensor:
@@ -193,6 +215,36 @@ def _neighbours(rest: Tensor) -> Tensor:
     nearest = distances.masked_fill(~others, torch.inf).amin(1)
     ratio = nearest / distances[others].mean().clamp_min(_TINY)
     return torch.cat([_quantiles(cosines[others]), _quantiles(ratio)])
+
+
+def _groups(rest: Tensor) -> Tensor:
+    """Log share of the squares of (N, C) that remains about the centres of ever more groups.
+
+    Lloyd's steps from centres that lie farthest from each other, so that nothing is drawn.
+    """
+    total = rest.square().sum().clamp_min(_TINY)
+    centres = _farthest(rest, min(max(_CLUSTERS), len(rest)))
+    remains = [_remains(rest, centres[:count]) for count in _CLUSTERS]
+    return (torch.stack(remains) / total).clamp_min(_LEAST).log()
+
+
+def _farthest(points: Tensor, count: int) -> Tensor:
+    """The point farthest from 0, and then always the one farthest from those before."""
+    distance, chosen = points.square().sum(1), []
+    for _ in range(count):
+        chosen.append(points[distance.argmax()])
+        away = (points - chosen[-1]).square().sum(1)
+        distance = away if len(chosen) == 1 else torch.minimum(distance, away)
+    return torch.stack(chosen)
+
+
+def _remains(points: Tensor, centres: Tensor) -> Tensor:
+    for _ in range(_LLOYD):
+        nearest = torch.cdist(points, centres).argmin(1)
+        belongs = F.one_hot(nearest, len(centres)).to(points.dtype)
+        counts = belongs.sum(0)[:, None]
+        centres = torch.where(counts > 0, belongs.T @ points / counts.clamp_min(1), centres)
+    return torch.cdist(points, centres).amin(1).square().sum()
 
 
 def _selectivity(pooled: Tensor) -> Tensor:

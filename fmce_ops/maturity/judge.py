@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmce_ops.errors import ModelError
-from fmce_ops.maturity.descriptors import ALONE, DESCRIPTORS
+from fmce_ops.maturity.descriptors import COUNT, DESCRIPTORS, EACH, VIEWED
 
 SIZES = (1, 16, 64, 256)  # counts of images for which intervals are known
+FEW = SIZES[1]  # fewer images are read through their views
 DEPTHS = 3  # parts of a network, first to last, for which intervals are known
 SHIPPED = Path(__file__).with_name("judge.safetensors")
 COVERAGE = 0.9  # the probability with which an interval holds the truth of a new run
 FEWEST = 9  # runs that bear such an interval: COVERAGE / (1 - COVERAGE)
-READ = 2 * DESCRIPTORS  # numbers that are read of a module: its own, and those of its network
+READ = 3 * DESCRIPTORS  # numbers that are read of a module, see :func:`reading`
+ONE, VIEWS_OF_ONE, SEVERAL = range(3)  # what is read: a map, the views of images, many images
+_KINDS = 3
 _LIMIT = 5.0  # standard deviations; what lies farther out is none of what the judge has seen
+_NEAR, _FAR = 2.0, 100.0  # standard deviations that are usual; beyond them no more is counted
+_BASE = 0.05  # distance at which a vote begins to count less
 
 
 @dataclass(frozen=True)
@@ -39,72 +45,109 @@ class Score:
     high: float
 
 
+class Members(nn.Module):
+    """Small networks that read the same numbers, ``columns`` of :func:`reading` and the depth."""
+
+    columns: Tensor
+
+    def __init__(self, columns: Tensor, width: int, members: int) -> None:
+        super().__init__()
+        shapes = list(pairwise([len(columns), width, width, 1]))
+        self.weights = nn.ParameterList(torch.randn(members, a, b) * a**-0.5 for a, b in shapes)
+        self.biases = nn.ParameterList(torch.zeros(members, 1, b) for _, b in shapes)
+        self.register_buffer("columns", columns, persistent=False)
+
+    def forward(self, inputs: Tensor, drop: float = 0.0) -> tuple[Tensor, Tensor]:
+        """What each says of standardised inputs, and how much that counts.
+
+        The less, the farther inputs lie outside what is usual; nothing where they would have to
+        read what is not known.
+
+        Returns
+        -------
+        (members, N) maturity, and (N,) the weight of these votes.
+        """
+        own = inputs[:, self.columns]
+        far = (own.abs() - _NEAR).clamp(0, _FAR).square().mean(1)
+        weight = (_BASE + far).pow(-2).nan_to_num(0.0)
+        usual = own.clamp(-_LIMIT, _LIMIT).nan_to_num(0.0)
+        hidden = usual.expand(len(self.biases[0]), -1, -1)
+        layers = list(zip(self.weights, self.biases, strict=True))
+        for matrix, bias in layers[:-1]:
+            hidden = F.dropout(F.gelu(torch.baddbmm(bias, hidden, matrix)), drop, drop > 0)
+        return torch.baddbmm(layers[-1][1], hidden, layers[-1][0])[..., 0].sigmoid(), weight
+
+
+class Electorate(nn.Module):
+    """All who vote on rows of one kind, and what is usual there."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, kind: int, width: int, members: int) -> None:
+        super().__init__()
+        self.patterns = nn.ModuleList(Members(c, width, members) for c in _columns(kind))
+        self.register_buffer("mean", torch.zeros(READ + 1))
+        self.register_buffer("std", torch.ones(READ + 1))
+
+    def standardised(self, rows: Tensor, depth: Tensor) -> Tensor:
+        """Rows and depth, NaN for what is not known: (N, READ), (N,) -> (N, READ + 1)."""
+        return (torch.cat([rows, depth[:, None]], dim=1) - self.mean) / self.std
+
+    def votes(self, inputs: Tensor, drop: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Votes (patterns, members, N) on standardised inputs, and their shares (patterns, N)."""
+        said = [members(inputs, drop) for members in self.patterns]
+        votes, weights = (torch.stack(part) for part in zip(*said, strict=True))
+        return votes, weights / weights.sum(0)
+
+    def forward(self, rows: Tensor, depth: Tensor) -> Tensor:
+        """Maturity (N,), 0 to 1."""
+        votes, shares = self.votes(self.standardised(rows, depth))
+        return (shares * votes.mean(1)).sum(0)
+
+
 class Judge(nn.Module):
     """Small networks that vote on the maturity behind the descriptors of a module's maps.
 
     It knows no channel, no count of channels and no size of map, so that it judges networks that
-    it has not seen. A module is read beside the mean of its network's modules; without them it is
-    judged alone, with intervals of its own. Half of the members read less, see :meth:`seen`. All
-    that it needs is in its ``state_dict``: weights, the mean and standard deviation of what is
-    read, and half the width of the intervals.
+    it has not seen. A single map, the views of an image and many images have members of their own.
+    They read, in turn: the module and the mean of its network's modules; the module and its change
+    since the network's random start; the same, of what lies between maps alone; and that without
+    the start. A vote counts the more the nearer what the member reads lies to what it has learned
+    from: with its network in sight, one that is known is judged most exactly, while the change
+    since the start carries over to those that are not. All that it needs is in its ``state_dict``:
+    weights, mean and standard deviation of what is read, and half the width of the intervals.
 
     Parameters
     ----------
     width : of the two hidden layers.
-    members : how many networks vote.
+    members : how many networks of each pattern vote.
     """
 
-    mean: Tensor
-    std: Tensor
     half_widths: Tensor
 
-    def __init__(self, width: int = 64, members: int = 4) -> None:
+    def __init__(self, width: int = 64, members: int = 2) -> None:
         super().__init__()
-        sides = [READ + 1, width, width, 1]
-        shapes = list(pairwise(sides))
-        self.weights = nn.ParameterList(torch.randn(members, a, b) * a**-0.5 for a, b in shapes)
-        self.biases = nn.ParameterList(torch.zeros(members, 1, b) for _, b in shapes)
-        self.register_buffer("mean", torch.zeros(READ + 1))
-        self.register_buffer("std", torch.ones(READ + 1))
-        self.register_buffer("half_widths", torch.ones(2, len(SIZES), DEPTHS))
-
-    def standardised(self, rows: Tensor, depth: Tensor) -> Tensor:
-        """What the networks take, 0 for what is not known: (N, READ), (N,) -> (N, READ + 1)."""
-        inputs = (torch.cat([rows, depth[:, None]], dim=1) - self.mean) / self.std
-        return inputs.clamp(-_LIMIT, _LIMIT).nan_to_num(0.0)
-
-    def seen(self, rows: Tensor) -> Tensor:
-        """What each member reads of rows (N, READ): bool (members, N, READ + 1).
-
-        The first half reads all. The others read what carries over to other families: the module
-        without its network, and of several maps only what lies between them.
-        """
-        place = torch.arange(READ + 1, device=rows.device)
-        several = rows[:, DESCRIPTORS - 1 : DESCRIPTORS] > 0
-        numbers = (place < DESCRIPTORS - 1) & ((place >= ALONE) == several)
-        less = numbers | (place == DESCRIPTORS - 1) | (place == READ)  # the count and the depth
-        members = len(self.weights[0])
-        all_of_it = torch.ones_like(less).expand(members - members // 2, *less.shape)
-        return torch.cat([all_of_it, less.expand(members // 2, *less.shape)])
-
-    def votes(self, inputs: Tensor, seen: Tensor, drop: float = 0.0) -> Tensor:
-        """Logits of the maturity, (members, N), of standardised inputs (N, READ + 1)."""
-        hidden = inputs * seen
-        layers = list(zip(self.weights, self.biases, strict=True))
-        for weight, bias in layers[:-1]:
-            hidden = F.dropout(F.gelu(torch.baddbmm(bias, hidden, weight)), drop, drop > 0)
-        return torch.baddbmm(layers[-1][1], hidden, layers[-1][0])[..., 0]
+        self.width, self.members = width, members
+        self.kinds = nn.ModuleList(Electorate(kind, width, members) for kind in range(_KINDS))
+        self.register_buffer("half_widths", torch.ones(2, len(SIZES) + 1, DEPTHS))
 
     def forward(self, rows: Tensor, depth: Tensor) -> Tensor:
         """Maturity (N,), 0 to 1.
 
         Parameters
         ----------
-        rows : (N, READ), of :func:`beside` or :func:`alone`.
+        rows : (N, READ), of :func:`reading`.
         depth : (N,), where the module lies: 0 the first of its network, 1 the last.
         """
-        votes = self.votes(self.standardised(rows, depth), self.seen(rows))
-        return votes.sigmoid().mean(0)
+        values, of = rows.new_zeros(len(rows)), kinds(rows)
+        for kind in of.unique().tolist():
+            values[of == kind] = self.electorate(kind)(rows[of == kind], depth[of == kind])
+        return values
+
+    def electorate(self, kind: int) -> Electorate:
+        """Those who vote on rows of a kind."""
+        return cast(Electorate, self.kinds[kind])
 
     @torch.no_grad()
     def scores(self, rows: Tensor, depth: Tensor) -> list[Score]:
@@ -117,30 +160,68 @@ class Judge(nn.Module):
         ]
 
 
-def beside(descriptors: Tensor, modules: Tensor | None = None) -> Tensor:
-    """What is read of modules of a network: (..., M, DESCRIPTORS) -> (..., M, READ).
+def _columns(kind: int) -> list[Tensor]:
+    """What members of each pattern read of rows of a kind."""
+    all_ = list(range(EACH if kind == ONE else COUNT))
+    between = list(range(EACH) if kind == ONE else range(EACH, COUNT))
 
-    Their own descriptors, and the mean over all ``modules`` of the network; None: these M.
+    def columns(own: list[int], start: list[int], network: list[int]) -> Tensor:
+        start = [DESCRIPTORS + place for place in start]
+        network = [2 * DESCRIPTORS + place for place in network]
+        return torch.tensor([*own, COUNT, *start, *network, READ])  # the last is the depth
+
+    return [
+        columns(all_, [], all_),
+        columns(all_, all_, []),
+        columns(between, between, []),
+        columns(between, [], []),
+    ]
+
+
+def reading(
+    descriptors: Tensor, *, start: Tensor | None = None, network: Tensor | None = None
+) -> Tensor:
+    """What is read of modules: their descriptors, the change since their start, their network.
+
+    Parameters
+    ----------
+    descriptors : (..., M, DESCRIPTORS)
+    start : the same of the same modules with random weights; None: not known.
+    network : (..., m, DESCRIPTORS) of all modules of the network, of which the mean is read; None:
+        not known.
+
+    Returns
+    -------
+    (..., M, READ)
+        NaN where something is not known.
     """
-    network = (descriptors if modules is None else modules).mean(-2, keepdim=True)
-    return torch.cat([descriptors, network.expand_as(descriptors)], dim=-1)
+    unknown = torch.full_like(descriptors, torch.nan)
+    change = unknown if start is None else descriptors - start
+    mean = unknown if network is None else network.mean(-2, keepdim=True).expand_as(descriptors)
+    return torch.cat([descriptors, change, mean], dim=-1)
 
 
-def alone(descriptors: Tensor) -> Tensor:
-    """What is read of a module whose network is not known: (..., DESCRIPTORS) -> (..., READ)."""
-    return torch.cat([descriptors, torch.full_like(descriptors, torch.nan)], dim=-1)
+def kinds(rows: Tensor) -> Tensor:
+    """Of which kind each row is (N,): ONE, VIEWS_OF_ONE or SEVERAL.
+
+    Fewer than FEW maps without views tell no more than each by itself.
+    """
+    several = 2 ** rows[:, COUNT] > FEW - 0.5
+    return torch.where(rows[:, VIEWED] > 0, VIEWS_OF_ONE, several * SEVERAL)
 
 
 def cells(rows: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of ``half_widths`` holds for each row: (N,) whether it is alone, size, depth.
+    """Which of ``half_widths`` holds for each row (N,): whether it is alone, the size, the depth.
 
-    A count of images between two of SIZES has the wider interval.
+    Alone is a module without its network or its start. The sizes are a map, the views of one image,
+    and SIZES from FEW on; a count of images between two of them has the wider interval.
     """
-    counts = 2 ** rows[:, DESCRIPTORS - 1]
-    sizes = torch.tensor(SIZES, device=counts.device)
-    size = (counts[:, None] >= sizes - 0.5).sum(1) - 1
+    counts = 2 ** rows[:, COUNT]
+    several = torch.tensor(SIZES[1:], device=counts.device)
+    size = 1 + (counts[:, None] >= several - 0.5).sum(1)
+    size = torch.where(kinds(rows) == SEVERAL, size, kinds(rows))
     part = (depth * DEPTHS).long().clamp(0, DEPTHS - 1)
-    return rows[:, -1].isnan().long(), size.clamp_min(0), part
+    return rows.isnan().any(1).long(), size, part
 
 
 def depths(modules: int) -> Tensor:
@@ -191,7 +272,7 @@ def load_judge(path: Path = SHIPPED) -> Judge:
 def _loaded(path: Path) -> Judge:
     try:
         state = load_file(path)
-        members, _, width = state["weights.0"].shape
+        members, _, width = state["kinds.0.patterns.0.weights.0"].shape
         judge = Judge(width, members)
         judge.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

@@ -5,9 +5,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from fmce_ops.maturity.descriptors import describe
-from fmce_ops.maturity.judge import Judge, Score, beside, depths, load_judge
+from fmce_ops.maturity.descriptors import DESCRIPTORS, describe, describe_views
+from fmce_ops.maturity.judge import FEW, Judge, Score, depths, load_judge, reading
 from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
+from fmce_ops.maturity.start import restarted
+from fmce_ops.maturity.views import views
 
 _AT_ONCE = 256  # images whose maps are in memory together
 
@@ -19,6 +21,7 @@ def score(
     modules: Sequence[str] | None = None,
     *,
     judge: Judge | None = None,
+    start: Tensor | None = None,
 ) -> dict[str, Score]:
     """How mature the modules of a network are.
 
@@ -26,9 +29,11 @@ def score(
     ----------
     network : makes feature maps (N, C, h, w) somewhere inside; run in evaluation mode.
     images : (N, 3, H, W), as the network takes them, on any device. More images give a narrower
-        interval, up to 256; of more, the mean over parts of 256 is taken.
+        interval, up to 256; of more, the mean over parts of 256 is taken. Fewer than 16 are shown
+        to the network altered, too.
     modules : names of submodules; None: all functional modules, first to last.
     judge : None: the one that comes with this package.
+    start : what :func:`start_of` gives for these modules and images, where it is known already.
 
     Returns
     -------
@@ -41,26 +46,58 @@ def score(
     """
     judge = judge or load_judge()
     images = images.to(next(network.parameters(), images).device)
-    every = find_modules(network, images)
-    found = every if modules is None else find_modules(network, images, modules)
+    every, found, wanted = _modules(network, images, modules)
+    start = start_of(network, images, modules) if start is None else start
+    places = [wanted.index(module) for module in found]
     depth = depths(len(every))[[_place(module.name, every) for module in found]]
-    parts = [part for part in images.split(_AT_ONCE) if len(part) == min(_AT_ONCE, len(images))]
-    scores = [judge.scores(_read(network, part, every, found), depth) for part in parts]
+    scores = []
+    for part in _parts(images):
+        own = _read(network, part, wanted)
+        rows = reading(own[places], start=start[places], network=own[: len(every)])
+        scores.append(judge.scores(rows, depth))
     return {module.name: _mean([s[i] for s in scores]) for i, module in enumerate(found)}
 
 
-def _read(
-    network: nn.Module,
-    images: Tensor,
-    every: Sequence[FunctionalModule],
-    found: Sequence[FunctionalModule],
-) -> Tensor:
-    """Rows of the modules that were found, beside every module of the network."""
-    wanted = list(dict.fromkeys([*every, *found]))
-    maps = module_maps(network, images, wanted)
-    known = {module: describe(made).cpu() for module, made in zip(wanted, maps, strict=True)}
-    modules = torch.stack([known[module] for module in every])
-    return beside(torch.stack([known[module] for module in found]), modules)
+@torch.no_grad()
+def start_of(network: nn.Module, images: Tensor, modules: Sequence[str] | None = None) -> Tensor:
+    """What is read of the network's modules with random weights, the same at each call.
+
+    For those who score a network again and again with the same images.
+
+    Returns
+    -------
+    (M, DESCRIPTORS)
+        Of all functional modules, and of those named that are not among them; NaN where the
+        network cannot be made anew.
+    """
+    images = images.to(next(network.parameters(), images).device)
+    *_, wanted = _modules(network, images, modules)
+    with restarted(network) as possible:
+        if possible:
+            return _read(network, _parts(images)[0], wanted)
+    return torch.full((len(wanted), DESCRIPTORS), torch.nan)
+
+
+def _modules(
+    network: nn.Module, images: Tensor, names: Sequence[str] | None
+) -> tuple[list[FunctionalModule], ...]:
+    """All functional modules, those named, and both, each once."""
+    every = find_modules(network, images)
+    found = every if names is None else find_modules(network, images, names)
+    return every, found, list(dict.fromkeys([*every, *found]))
+
+
+def _parts(images: Tensor) -> list[Tensor]:
+    return [part for part in images.split(_AT_ONCE) if len(part) == min(_AT_ONCE, len(images))]
+
+
+def _read(network: nn.Module, images: Tensor, modules: Sequence[FunctionalModule]) -> Tensor:
+    """Descriptors of the maps of each module: (M, DESCRIPTORS)."""
+    if len(images) >= FEW:
+        return torch.stack([describe(made).cpu() for made in module_maps(network, images, modules)])
+    seen = views(images)
+    maps = module_maps(network, seen.flatten(0, 1), modules)
+    return torch.stack([describe_views(made.unflatten(0, seen.shape[:2])).cpu() for made in maps])
 
 
 def next_to_train(scores: dict[str, Score], untrained: Collection[str] = ()) -> str:

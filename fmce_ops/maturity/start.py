@@ -1,14 +1,45 @@
-"""Is a module still at its random start? Its weights tell, beside those of a fresh network."""
+"""The random start of a network: made anew, and whether a module is still at it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fmce_ops.errors import ModelError
 from fmce_ops.maturity.modules import FunctionalModule
 
+_SEED = 0
 _DOUBT = 1e-3  # how likely a module at its start is taken for a trained one
+
+
+@contextmanager
+def restarted(network: nn.Module) -> Iterator[bool]:
+    """While it lasts, the network has new random weights, always the same ones; then its own again.
+
+    Every submodule that holds weights must know how to draw them (``reset_parameters``), as all of
+    PyTorch's layers do; yields whether that is so, and changes nothing where it is not. Nothing is
+    copied but weights, so that it serves within any trainer. The state of the random numbers is
+    left as it is.
+    """
+    holders = [m for m in network.modules() if any(True for _ in m.parameters(recurse=False))]
+    draws = [d for m in holders if callable(d := getattr(m, "reset_parameters", None))]
+    if len(draws) < len(holders) or any(map(is_parametrized, network.modules())):
+        yield False
+        return
+    tensors = [*network.parameters(), *network.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    try:
+        with torch.random.fork_rng({t.device.index for t in tensors if t.is_cuda}):
+            torch.manual_seed(_SEED)
+            for draw in draws:
+                draw()
+        yield True
+    finally:
+        with torch.no_grad():
+            for tensor, own in zip(tensors, kept, strict=True):
+                tensor.copy_(own)
 
 
 def untrained(

@@ -8,7 +8,7 @@ import torch
 
 from fmce_ops.errors import ParamsError
 from fmce_ops.files import write_json, write_table
-from fmce_ops.maturity import DEPTHS, SIZES, Judge, Score
+from fmce_ops.maturity import DEPTHS, SIZES, VIEWS_OF_ONE, Judge, Score
 from fmce_ops.maturity_figures import left_out_figure
 from fmce_ops.stages.params import Params
 from fmce_ops.stages.stage import RESULTS, STUDY, Stage, now, open_stage
@@ -65,7 +65,7 @@ def run(params: Params, progress: Reporter | None = None) -> None:
 def _figures(found: dict[str, LeftOut]) -> dict[str, dict[str, float]]:
     """Of the last modules: for one image, and for the largest bag of images."""
     everyone = list(found.values())
-    return {"image": summary(everyone, min), "batch": summary(everyone, max)}
+    return {"image": summary(everyone, VIEWS_OF_ONE), "batch": summary(everyone)}
 
 
 def _rows(runs: list[StudiedRun], found: dict[str, LeftOut]) -> list[list[object]]:
@@ -95,13 +95,8 @@ def _drawn(runs: list[StudiedRun], found: dict[str, LeftOut]) -> Any:
 def _register(stage: Stage, judge: Judge, runs: list[StudiedRun]) -> None:
     if stage.run is None:
         return
-    width = judge.weights[0].shape[-1]
-    spec = {
-        "width": width,
-        "members": len(judge.weights[0]),
-        "sizes": list(SIZES),
-        "depths": DEPTHS,
-    }
+    shape = {"width": judge.width, "members": judge.members}
+    spec = {**shape, "sizes": list(SIZES), "depths": DEPTHS}
     network = Network("maturity", spec, {"runs": dict(stage.inputs)})
     example = np.random.default_rng(0).random((2, 8, 4, 4), dtype=np.float32)
     uri = log_network(stage.run, NAME, network, judge.state_dict(), example)

@@ -8,11 +8,13 @@ import mlflow
 from torch import Tensor, nn
 
 from fmce_ops.errors import TrackingError
-from fmce_ops.maturity import Judge, Score, load_judge, score
+from fmce_ops.maturity import Judge, Score, load_judge, score, start_of
 
 
 class MaturityMonitor:
-    """Scores the modules of a network while it trains.
+    """Scores the modules of one network while it trains.
+
+    What is read of the network's random start is read once, so that a later score costs half.
 
     Parameters
     ----------
@@ -34,10 +36,13 @@ class MaturityMonitor:
     ) -> None:
         self._images, self._modules = images, modules
         self._judge = judge or load_judge()
+        self._start: Tensor | None = None
 
     def update(self, network: nn.Module, step: int) -> dict[str, Score]:
         """The scores now; also ``maturity/<module>`` of the active MLflow run, if there is one."""
-        found = score(network, self._images, self._modules, judge=self._judge)
+        if self._start is None:
+            self._start = start_of(network, self._images, self._modules)
+        found = score(network, self._images, self._modules, judge=self._judge, start=self._start)
         if mlflow.active_run():
             mlflow.log_metrics(named(found), step=step)
         return found

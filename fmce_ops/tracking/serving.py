@@ -21,7 +21,7 @@ from torch import nn
 from fmce_ops.data import to_input
 from fmce_ops.errors import ModelError
 from fmce_ops.files import write_json
-from fmce_ops.maturity import DESCRIPTORS, Judge, Score, alone, describe, describe_each
+from fmce_ops.maturity import DESCRIPTORS, Judge, Score, describe, describe_each, reading
 from fmce_ops.models import FmceNet, build, load_into, save_weights
 from fmce_ops.pathways import PathNetwork
 
@@ -203,7 +203,7 @@ def _judged(
         raise _refusal(str(error)) from None
     found: dict[str, NDArray[np.float64]] = {}
     for of, rows in {"": each, "together_": together}.items():
-        scores = judge.scores(alone(rows), torch.full((len(rows),), float(depth)))
+        scores = judge.scores(reading(rows), torch.full((len(rows),), float(depth)))
         found |= {f"{of}{n}": np.array(v) for n, v in zip(_SCORE, _columns(scores), strict=True)}
     return found
 

@@ -11,20 +11,18 @@ from torch import Tensor
 
 from fmce_ops.maturity import (
     DEPTHS,
-    DESCRIPTORS,
     FEWEST,
-    SIZES,
+    Electorate,
     Judge,
-    alone,
-    beside,
     cells,
     depths,
     half_width,
+    kinds,
+    reading,
 )
 from fmce_ops.training.reporter import Reporter, Row
 
 _NOISE, _DROP, _WEIGHT_DECAY = 0.1, 0.2, 0.05
-_ALONE = 0.25  # share of the rows that are learned without their network
 _FOLDS = 5  # groups of runs that are left out in turn to find the intervals
 
 
@@ -37,31 +35,43 @@ class StudiedRun:
     name : of the run.
     modules : names of its functional modules, first to last.
     descriptors : (checkpoints, bags, modules, DESCRIPTORS).
+    start : (bags, modules, DESCRIPTORS), of the network with random weights; NaN if not known.
     maturity : (checkpoints, modules), the truth.
     """
 
     name: str
     modules: tuple[str, ...]
     descriptors: Tensor
+    start: Tensor
     maturity: Tensor
 
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is read (n, READ), depth (n,) and maturity (n,) of every bag of a module."""
+    def rows(self, *, alone: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """What is read (n, READ), depth (n,) and maturity (n,) of every bag of a module.
+
+        ``alone``: without its network and its start.
+        """
         shape = self.descriptors.shape[:3]
         depth = depths(shape[2]).expand(shape)
         truth = self.maturity[:, None].expand(shape)
-        return beside(self.descriptors).flatten(0, 2), depth.flatten(), truth.flatten()
+        known = {} if alone else {"start": self.start, "network": self.descriptors}
+        read = reading(self.descriptors, **known).flatten(0, 2)
+        return read, depth.flatten(), truth.flatten()
 
 
 @dataclass(frozen=True)
 class JudgePlan:
-    """How to learn: AdamW with half a cosine, from rows drawn so that all sizes count the same."""
+    """How to learn: AdamW with half a cosine, from rows drawn so that all sizes count the same.
+
+    Attributes
+    ----------
+    members : of each pattern, see ``Judge``.
+    """
 
     steps: int
-    batch_size: int = 512
+    batch_size: int = 256
     lr: float = 3e-3
     width: int = 64
-    members: int = 4
+    members: int = 2
     seed: int = 0
 
 
@@ -72,7 +82,7 @@ class LeftOut:
     Attributes
     ----------
     value, low, high, truth : (n,)
-    size : (n,) count of images; depth : (n,) of the module; both as in ``Judge.half_widths``.
+    size : (n,) of the images; depth : (n,) of the module; both as in ``Judge.half_widths``.
     """
 
     value: Tensor
@@ -86,26 +96,37 @@ class LeftOut:
 def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
     """A judge that has learned from all of the runs; its intervals are not yet known."""
     rows = [run.rows() for run in runs]
+    shares = _equal_shares(rows)
     read, depth, truth = (torch.cat(part) for part in zip(*rows, strict=True))
+    of = kinds(read)
     torch.manual_seed(plan.seed)
     judge = Judge(plan.width, plan.members)
-    inputs = torch.cat([read, depth[:, None]], dim=1)
-    judge.mean.copy_(inputs.mean(0))
-    judge.std.copy_(inputs.std(0, correction=0).clamp_min(1e-3))
-    drawn = torch.multinomial(_equal_shares(rows), plan.steps * plan.batch_size, replacement=True)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=plan.lr, weight_decay=_WEIGHT_DECAY)
+    for kind in of.unique().tolist():
+        chosen = of == kind
+        known = read[chosen], depth[chosen], truth[chosen], shares[chosen]
+        _fit(judge.electorate(kind), *known, plan)
+    return judge.eval()
+
+
+def _fit(
+    voters: Electorate, read: Tensor, depth: Tensor, truth: Tensor, shares: Tensor, plan: JudgePlan
+) -> None:
+    """Train those who vote on rows of one kind, drawn with their shares."""
+    known = torch.cat([read, depth[:, None]], dim=1).nan_to_num(0.0)
+    voters.mean.copy_(known.mean(0))
+    voters.std.copy_(known.std(0, correction=0).clamp_min(1e-3))
+    inputs = voters.standardised(read, depth)
+    drawn = torch.multinomial(shares, plan.steps * plan.batch_size, replacement=True)
+    optimizer = torch.optim.AdamW(voters.parameters(), lr=plan.lr, weight_decay=_WEIGHT_DECAY)
     for step, chosen in enumerate(drawn.split(plan.batch_size)):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * (1 + math.cos(math.pi * step / plan.steps)) / 2
-        clean = judge.standardised(read[chosen], depth[chosen])
-        clean[torch.rand(len(clean)) < _ALONE, DESCRIPTORS:-1] = 0.0
-        noisy = clean + _NOISE * torch.randn_like(clean)
-        votes = judge.votes(noisy, judge.seen(read[chosen]), _DROP).sigmoid()
+        clean = inputs[chosen]
+        votes, _ = voters.votes(clean + _NOISE * torch.randn_like(clean), _DROP)
         loss = (votes - truth[chosen]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    return judge.eval()
 
 
 def calibrate(judge: Judge, errors: Sequence[Tensor]) -> None:
@@ -117,7 +138,7 @@ def calibrate(judge: Judge, errors: Sequence[Tensor]) -> None:
         chosen = [run[(run[:, 1:] == torch.tensor(cell)).all(1), 0] for run in errors]
         chosen = [part for part in chosen if len(part)]
         judge.half_widths[cell] = half_width(chosen) if chosen else 1.0
-    # More images never make a module less certain, nor does their lack of examples.
+    # More images, and their views, never make a module less certain, nor a lack of examples.
     judge.half_widths.copy_(judge.half_widths.cummin(1).values)
 
 
@@ -159,7 +180,7 @@ def leave_out(
     for step, run in enumerate(runs, start=1):
         others = [other for other in runs if other is not run]
         found[run.name] = judged(certain_judge(others, plan, folds), run)
-        figures = {f"left_out/{k}": v for k, v in summary([found[run.name]], max).items()}
+        figures = {f"left_out/{k}": v for k, v in summary([found[run.name]]).items()}
         reporter.row(Row(step, figures, clock()))
     return found
 
@@ -176,19 +197,19 @@ def judged(judge: Judge, run: StudiedRun) -> LeftOut:
 
 
 def summary(
-    found: Sequence[LeftOut], size: Callable[[Sequence[int]], int], *, depth: int = DEPTHS - 1
+    found: Sequence[LeftOut], size: int | None = None, *, depth: int = DEPTHS - 1
 ) -> dict[str, float]:
     """Mean over runs of Spearman, mean absolute error, coverage and width of the interval.
 
     Parameters
     ----------
-    size : chooses one of the sizes that are there (``min``, ``max``).
+    size : of the images, as in ``LeftOut``; None: the largest.
     depth : the part of the network, DEPTHS - 1 the last.
     """
     figures: list[Mapping[str, float]] = []
     for run in found:
         there = run.depth == depth
-        chosen = there & (run.size == size(run.size[there].tolist()))
+        chosen = there & (run.size == (run.size.max() if size is None else size))
         value, truth = run.value[chosen], run.truth[chosen]
         inside = (run.low[chosen] <= truth + 1e-6) & (truth <= run.high[chosen] + 1e-6)
         flat = len(truth.unique()) < 2 or len(value.unique()) < 2
@@ -204,13 +225,14 @@ def summary(
 
 
 def _errors(judge: Judge, run: StudiedRun) -> Tensor:
-    """Of every module with its network, and alone: (n, 4), the error and its cell."""
-    rows, depth, truth = run.rows()
-    rows = torch.cat([rows, alone(rows[:, :DESCRIPTORS])])
-    depth, truth = depth.repeat(2), truth.repeat(2)
-    with torch.no_grad():
-        values = judge(rows, depth)
-    return torch.stack([(values - truth).abs(), *cells(rows, depth)], dim=1)
+    """Of every module with its network and its start, and alone: (n, 4), the error and its cell."""
+    found = []
+    for alone in (False, True):
+        rows, depth, truth = run.rows(alone=alone)
+        with torch.no_grad():
+            error = (judge(rows, depth) - truth).abs()
+        found.append(torch.stack([error, *cells(rows, depth)], dim=1))
+    return torch.cat(found)
 
 
 def _equal_shares(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -218,8 +240,7 @@ def _equal_shares(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     parts = []
     for read, depth, _ in rows:
         _, size, _ = cells(read, depth)
-        counts = size.bincount(minlength=len(SIZES))
-        parts.append(1 / (counts[size] * (counts > 0).sum()))
+        parts.append(1 / size.bincount()[size])
     return torch.cat(parts)
 
 

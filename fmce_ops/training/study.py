@@ -9,16 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmce_ops.errors import ShardError
-from fmce_ops.maturity import DESCRIPTORS, SIZES, describe_bags, find_modules, module_maps
+from fmce_ops.maturity import (
+    DESCRIPTORS,
+    FEW,
+    SIZES,
+    FunctionalModule,
+    describe_bags,
+    describe_views,
+    find_modules,
+    module_maps,
+    restarted,
+    views,
+)
 from fmce_ops.models import Classifier, load_into
 from fmce_ops.shards import Manifest, Shard, ShardStore, ShardWriter, existing
 from fmce_ops.training.maturity import StudiedRun
 from fmce_ops.training.reporter import Reporter, Row
 
-_SINGLE = 64  # images that are described alone
+_SINGLE = 32  # images that are described one by one, as a map alone and by their views
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,12 @@ def choose_points(maturity: Sequence[float], count: int) -> list[int]:
 
 
 def bag_sizes(images: int) -> list[int]:
-    """Of the bags that are described of so many images: each of SIZES that fits, disjoint bags."""
-    fitting = [size for size in SIZES if size <= images]
-    return [s for s in fitting for _ in range(min(images, _SINGLE) if s == 1 else images // s)]
+    """Of the bags that are described of so many images.
+
+    Images one by one, the same by their views, and disjoint bags of each of SIZES from FEW on.
+    """
+    single = [1] * min(images, _SINGLE)
+    return single + single + [s for s in SIZES if s >= FEW for _ in range(images // s)]
 
 
 def describe_run(
@@ -59,7 +73,8 @@ def describe_run(
 ) -> Manifest:
     """Write a shard for each checkpoint; those that are whole already are kept.
 
-    A row is a bag of images, its label their count; a row holds (modules, DESCRIPTORS) in float32.
+    A row is a bag of images, its label their count; it holds (2, modules, DESCRIPTORS) in float32,
+    of the checkpoint and of the network with random weights.
     The manifest's provenance gets the names of the ``modules``, the ``maturity`` and the ``points``
     of the checkpoints.
 
@@ -72,7 +87,10 @@ def describe_run(
     inputs = fabric.to_device(inputs)
     modules = find_modules(classifier, inputs)
     sizes = bag_sizes(len(inputs))
-    shape = (len(modules), DESCRIPTORS)
+    with restarted(classifier) as possible:
+        start = _described(classifier, inputs, modules)
+    start = start if possible else torch.full_like(start, torch.nan)
+    shape = (2, len(modules), DESCRIPTORS)
     reporter.begin("describe", step + len(checkpoints))
     shards: list[Shard] = []
     for phase, checkpoint in enumerate(checkpoints, start=1):
@@ -81,10 +99,10 @@ def describe_run(
         shard = kept = existing(folder, **layout)
         if shard is None:
             load_into(classifier, checkpoint.file)
-            maps = module_maps(classifier, inputs, modules)
-            bags = [describe_bags(made, sizes).cpu() for made in maps]
+            bags = _described(classifier, inputs, modules)
+            both = torch.stack([bags, start], dim=1)
             with ShardWriter(folder, **layout) as writer:
-                writer.append(torch.stack(bags, dim=1), range(len(sizes)), sizes)
+                writer.append(both, range(len(sizes)), sizes)
             shard = writer.close()
         shards.append(shard)
         values = {"maturity": checkpoint.maturity, "point": float(checkpoint.point)}
@@ -106,6 +124,23 @@ def describe_run(
     )
 
 
+def _described(network: nn.Module, inputs: Tensor, modules: Sequence[FunctionalModule]) -> Tensor:
+    """Of each bag and module: (bags, modules, DESCRIPTORS)."""
+    network.eval()
+    single = min(len(inputs), _SINGLE)
+    sizes = bag_sizes(len(inputs))
+    maps = module_maps(network, inputs, modules)
+    bags = torch.stack([describe_bags(m, sizes[:single] + sizes[2 * single :]) for m in maps], 1)
+    seen = views(inputs[:single])
+    maps = module_maps(network, seen.flatten(0, 1), modules)
+    of_one = [
+        torch.stack([describe_views(one[None]) for one in m.unflatten(0, seen.shape[:2])])
+        for m in maps
+    ]
+    rows = [bags[:single], torch.stack(of_one, dim=1), bags[single:]]
+    return torch.cat(rows).cpu()
+
+
 def read_run(folder: Path, name: str) -> StudiedRun:
     """The run that :func:`describe_run` described in a store.
 
@@ -121,11 +156,12 @@ def read_run(folder: Path, name: str) -> StudiedRun:
             maturity = torch.tensor(manifest.provenance["maturity"], dtype=torch.float32)
         except (KeyError, TypeError, ValueError) as error:
             raise _no_run(folder) from error
-        if manifest.shape != (len(modules), DESCRIPTORS) or maturity.shape != (manifest.phases,):
+        if manifest.shape != (2, len(modules), DESCRIPTORS) or maturity.shape != (manifest.phases,):
             raise _no_run(folder)
         rows = [np.concatenate(list(store.scan(k))) for k in range(1, manifest.phases + 1)]
-    descriptors = torch.from_numpy(np.stack(rows))
-    return StudiedRun(name, modules, descriptors, maturity[:, None].expand(-1, len(modules)))
+    read = torch.from_numpy(np.stack(rows))
+    truth = maturity[:, None].expand(-1, len(modules))
+    return StudiedRun(name, modules, read[:, :, 0], read[0, :, 1], truth)
 
 
 def _no_run(folder: Path) -> ShardError:
