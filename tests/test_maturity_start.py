@@ -106,12 +106,23 @@ def test_a_network_is_restarted_for_a_while_always_alike_and_then_itself_again()
         assert set(found(model, network(4))) >= {"backbone.stage4"}
 
 
+class Choosy(nn.Conv2d):
+    def reset_parameters(self, how: str | None = None) -> None:
+        super().reset_parameters()
+        if how is None and hasattr(self, "ready"):
+            raise TypeError("say how")
+
+
 def test_a_network_that_cannot_draw_its_weights_stays_as_it_is() -> None:
     convolution = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU())
     bare.register_parameter("free", nn.Parameter(torch.ones(2)))
-    for model in (nn.Sequential(convolution), bare):
+    choosy = nn.Sequential(nn.Conv2d(3, 4, 3), Choosy(4, 4, 3))
+    choosy[1].ready = True
+    with torch.inference_mode():
+        inferring = nn.Conv2d(3, 4, 3)
+    for model in (nn.Sequential(convolution), bare, choosy, inferring):
         before = [p.clone() for p in model.parameters()]
         with restarted(model) as possible:
             assert not possible
-            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

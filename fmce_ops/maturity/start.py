@@ -1,6 +1,6 @@
 """The random start of a network: made anew, and whether a module is still at it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,27 +19,36 @@ def restarted(network: nn.Module) -> Iterator[bool]:
     """While it lasts, the network has new random weights, always the same ones; then its own again.
 
     Every submodule that holds weights must know how to draw them (``reset_parameters``), as all of
-    PyTorch's layers do; yields whether that is so, and changes nothing where it is not. Nothing is
-    copied but weights, so that it serves within any trainer. The state of the random numbers is
-    left as it is.
+    PyTorch's layers do; yields whether that is so, and where it is not, the network is not to be
+    used. Nothing is copied but weights, so that it serves within any trainer. The state of the
+    random numbers is left as it is.
     """
     holders = [m for m in network.modules() if any(True for _ in m.parameters(recurse=False))]
     draws = [d for m in holders if callable(d := getattr(m, "reset_parameters", None))]
-    if len(draws) < len(holders) or any(map(is_parametrized, network.modules())):
+    tensors = [*network.parameters(), *network.buffers()]
+    fixed = any(map(is_parametrized, network.modules())) or any(t.is_inference() for t in tensors)
+    if fixed or len(draws) < len(holders):
         yield False
         return
-    tensors = [*network.parameters(), *network.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
     try:
-        with torch.random.fork_rng({t.device.index for t in tensors if t.is_cuda}):
-            torch.manual_seed(_SEED)
-            for draw in draws:
-                draw()
-        yield True
+        yield _drawn(draws, tensors)
     finally:
         with torch.no_grad():
             for tensor, own in zip(tensors, kept, strict=True):
                 tensor.copy_(own)
+
+
+def _drawn(draws: Sequence[Callable[[], object]], tensors: Sequence[Tensor]) -> bool:
+    """Draw new weights; False: a module wants to be told more."""
+    with torch.random.fork_rng({t.device.index for t in tensors if t.is_cuda}):
+        torch.manual_seed(_SEED)
+        try:
+            for draw in draws:
+                draw()
+        except TypeError:
+            return False
+    return True
 
 
 def untrained(
