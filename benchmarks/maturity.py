@@ -30,7 +30,6 @@ from fmce_ops.data import Augment, Images, TrainBatches, prepare, to_input
 from fmce_ops.figures import save_figure
 from fmce_ops.maturity import (
     COUNT,
-    DEPTHS,
     READ,
     SIZES,
     VIEWED,
@@ -507,7 +506,7 @@ def fmce_net(folder: Path, raw: Path, runs: Sequence[Read]) -> dict[str, LeftOut
             size = torch.tensor([VIEWS_OF_ONE] * y.shape[1] + [len(SIZES)]).expand(value.shape)
             true = truth_new[:, None].expand(value.shape).flatten()
             said, size = value.flatten(), size.flatten()
-            last = torch.full_like(size, DEPTHS - 1)
+            last = torch.ones_like(said)
             found[f"{data}-{new}"] = LeftOut(said, said, said, true, size, last)
     return found
 

@@ -40,6 +40,7 @@ from fmce_ops.maturity import (
 from fmce_ops.models import build, save_weights
 from fmce_ops.training.maturity import (
     JudgePlan,
+    LeftOut,
     StudiedRun,
     calibrate,
     certain_judge,
@@ -255,6 +256,15 @@ class TestJudge:
         assert figures["spearman"] > 0.9
         assert figures["error"] < 0.15
         assert figures["coverage"] == 1.0 and figures["width"] == 1.0  # four runs bear no interval
+
+    def test_a_summary_is_of_the_last_module_alone(self) -> None:
+        truth = torch.linspace(0, 1, 10)
+        both, depth = truth.repeat(2), torch.tensor([0.75, 1.0]).repeat_interleave(10)
+        value = torch.cat([1 - truth, truth])
+        found = LeftOut(value, value, value, both, torch.zeros(20, dtype=torch.long), depth)
+        assert summary([found])["spearman"] == pytest.approx(1)
+        assert summary([found])["error"] == pytest.approx(0)
+        assert summary([found], depth=0.75)["spearman"] == pytest.approx(-1)
 
     def test_nine_runs_bear_an_interval_that_is_narrower_for_more_images(self) -> None:
         judge = certain_judge([synthetic(str(k), k) for k in range(9)], PLAN, folds=3)

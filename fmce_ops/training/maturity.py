@@ -10,7 +10,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from fmce_ops.maturity import (
-    DEPTHS,
     FEWEST,
     Electorate,
     Judge,
@@ -82,7 +81,8 @@ class LeftOut:
     Attributes
     ----------
     value, low, high, truth : (n,)
-    size : (n,) of the images; depth : (n,) of the module; both as in ``Judge.half_widths``.
+    size : (n,) of the images, as in ``Judge.half_widths``.
+    depth : (n,) where the module lies, 0 the first to 1 the last.
     """
 
     value: Tensor
@@ -193,18 +193,18 @@ def judged(judge: Judge, run: StudiedRun) -> LeftOut:
         torch.tensor([getattr(score, name) for score in scores])
         for name in ("value", "low", "high")
     )
-    return LeftOut(value, low, high, truth, *cells(rows, depth)[1:])
+    return LeftOut(value, low, high, truth, cells(rows, depth)[1], depth)
 
 
 def summary(
-    found: Sequence[LeftOut], size: int | None = None, *, depth: int = DEPTHS - 1
+    found: Sequence[LeftOut], size: int | None = None, *, depth: float = 1.0
 ) -> dict[str, float]:
     """Mean over runs of Spearman, mean absolute error, coverage and width of the interval.
 
     Parameters
     ----------
     size : of the images, as in ``LeftOut``; None: the largest.
-    depth : the part of the network, DEPTHS - 1 the last.
+    depth : of the modules that are looked at, 1 the last of each network.
     """
     figures: list[Mapping[str, float]] = []
     for run in found:
