@@ -177,7 +177,7 @@ class MaturityParams(Section):
     """A judge that has seen several runs, for runs that it has not seen."""
 
     runs: dict[RunName, dict[str, Any]] = {}  # name: what differs from data, model, train, markers
-    steps: Count = 400  # of the judge's training
+    steps: Count = 500  # of the judge's training
     seed: Seed = 0
 
 
