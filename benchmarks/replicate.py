@@ -13,8 +13,8 @@ downloads leave them. The scale ``paper`` is the paper's setting; ``cpu`` is a s
 cores, and ``cpu-cut`` the same with a cosine that is cut before it comes to rest (the paper's last
 marker lies at .73 to .97 of its epochs) and three times as many epochs of FMCE-Net.
 
-The commands are given in a clone, on a machine that has torch, torchvision, h5py, hdf5plugin,
-safetensors, Lightning Fabric and rich; fmce_ops need not be installed, and there may be no MLflow,
+The commands are given in a clone, on a machine that has torch, torchvision, h5py, safetensors,
+Lightning Fabric, filelock and rich; fmce_ops need not be installed, and there may be no MLflow,
 no DVC and no network.
 
 Maps that do not fit on the disk are made and judged in parts: FMCE-Net learns from the parts one
@@ -257,6 +257,7 @@ def run(work: Work, data: Path) -> dict[str, Any]:
     if not work.images.exists():
         with work.clock("prepare"):
             make_images(work, data)
+    keep_origin(work)
     with Images.open(work.images) as images:
         parts = parts_of(work, images)  # before the hours of training: the disk may be too small
         history, top1 = train(work, images)
@@ -266,6 +267,40 @@ def run(work: Work, data: Path) -> dict[str, Any]:
             learn(work, images, checkpoints, rows, number)
         found = {split: judged(work, images, checkpoints, parts, split) for split in SPLITS}
         return result(work, images, history, top1, markers, len(parts), found)
+
+
+def keep_origin(work: Work) -> None:
+    """Write down what this slice runs with: its machine and commit, beside those before it.
+
+    Raises
+    ------
+    ParamsError
+        The slices before had other settings.
+    """
+    path = work.folder / "origin.json"
+    settings = {"cell": work.name, **asdict(work.setting), "compile": work.compile}
+    known = work.read(path, origin) if path.exists() else {"settings": settings, "on": []}
+    if known["settings"] != settings:
+        raise ParamsError(
+            f"{work.folder} was begun with other settings: give those again, or another folder."
+        )
+    here = [hardware(work.fabric), commit()]
+    if here not in known["on"]:
+        write_json(path, {**known, "on": [*known["on"], here]})
+
+
+def origin(found: Any) -> dict[str, Any]:
+    """What `keep_origin` wrote.
+
+    Raises
+    ------
+    ValueError
+        It is something else.
+    """
+    pairs = [tuple(map(str, pair)) for pair in found["on"]]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise ValueError
+    return {"settings": dict(found["settings"]), "on": [list(pair) for pair in pairs]}
 
 
 def make_images(work: Work, data: Path) -> None:
@@ -535,6 +570,7 @@ def result(
 ) -> dict[str, Any]:
     """Everything that a reader needs to believe the figures, or to repeat them."""
     names = ("torch", "torchvision", "h5py", "lightning-fabric", "numpy")
+    on = work.read(work.folder / "origin.json", origin)["on"]
     return {
         "cell": work.name,
         "scale": work.scale,
@@ -549,9 +585,9 @@ def result(
         "markers": asdict(markers),
         "fmce": found,
         "seconds": {step: round(seconds, 1) for step, seconds in work.seconds.items()},
-        "hardware": hardware(work.fabric),
+        "hardware": "; ".join(dict.fromkeys(machine for machine, _ in on)),
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
-        "commit": commit(),
+        "commit": "; ".join(dict.fromkeys(made_by for _, made_by in on)),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -562,8 +598,12 @@ def hardware(fabric: Fabric) -> str:
         return torch.cuda.get_device_name(fabric.device)
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    pairs = dict(reversed([line.split(":", 1) for line in lines if ":" in line]))
+    facts = {name.strip(): value.strip() for name, value in pairs.items()}
+    name = facts.get("model name", platform.machine())
+    if {"cpu family", "model"} <= set(facts):  # names are often shortened, numbers are not
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
@@ -578,15 +618,38 @@ def commit() -> str:
 
 
 def render() -> None:
-    """Replace the tables of docs/results.md by those of all results."""
+    """Replace the tables of docs/results.md by those of all results.
+
+    Raises
+    ------
+    DataError
+        The page or a result is damaged.
+    """
     page = RESULTS.parents[1] / "docs" / "results.md"
-    whole = page.read_text()
-    before, rest = whole.split(BEGIN)
-    after = rest.split(END)[1]
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DataError(f"{page} lacks the line {BEGIN} or {END}: put it back.")
+    results = [rendered(path) for path in sorted(RESULTS.glob("*.json"))]
     order = {name: i for i, name in enumerate(CELLS)}
     results.sort(key=lambda r: (r["scale"] != "paper", order[r["cell"]], r["setting"]["seed"]))
     write_text(page, f"{before}{BEGIN}\n{tables(results)}{END}{after}")
+
+
+def rendered(path: Path) -> dict[str, Any]:
+    """A result that has all that the tables show.
+
+    Raises
+    ------
+    DataError
+        It lacks some of it.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        tables([found])
+        return found
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is no result of a cell: remove it and run the cell.") from error
 
 
 BEGIN, END = "<!-- tables: python benchmarks/replicate.py --render -->", "<!-- end -->"
@@ -713,7 +776,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cell", nargs="?", choices=CELLS)
     parser.add_argument("state", nargs="?", type=Path, help="folder that keeps all that is done")
-    parser.add_argument("--data", type=Path, default=Path("data/raw"))
+    layout = "folder with MNIST/raw, cifar-10-batches-py or cifar10/, mini-imagenet/train"
+    parser.add_argument("--data", type=Path, default=Path("data/raw"), help=layout)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--minutes", type=positive, default=math.inf, help="of this slice")
     parser.add_argument("--seed", type=seed, default=0)

@@ -21,7 +21,7 @@ CELL = "cifar10-shufflenet"
 PHASES = 4  # of ten, two may fall on one point of so short a training
 ABSENT = (
     *("mlflow", "dvc", "typer", "pydantic", "yaml", "sklearn", "captum", "pandas", "matplotlib"),
-    *("scipy", "torchmetrics"),
+    *("scipy", "torchmetrics", "hdf5plugin"),
 )
 
 
@@ -119,6 +119,7 @@ def test_a_state_that_is_damaged_is_named_with_what_to_do(
     for name, (removed, again) in {
         "seconds.json": in_cell,
         "parts.json": in_cell,
+        "origin.json": in_cell,
         "train/state.pt": (folder / "train", "run the same command again"),
         "trained.json": in_cell,
     }.items():
@@ -139,6 +140,7 @@ ROW |= {"val_accuracy": 0.5, "lr": 1e-3}
 OF_ANOTHER_SHAPE = {
     "seconds.json": ([1, 2], {"train": "x"}, {"train": None}, {"train": float("nan")}),
     "parts.json": ("a", 0, -3, {}, True, 1.5, 67, 10**400),  # a 67th part would have two images
+    "origin.json": ([], {}, {"settings": 1, "on": []}, {"settings": {}, "on": [["x"]]}),
     "trained.json": (
         *({}, [], None, {"history": [], "top1": 0.5}, {"history": [[1]] * 24, "top1": 0.5}),
         {"history": [ROW] * 23, "top1": 0.5},
@@ -232,6 +234,48 @@ def test_an_error_that_is_not_of_the_folder_keeps_its_advice(
     with pytest.raises(ShardError) as error, script.restartable(tmp_path):
         raise ShardError(said)
     assert str(error.value) == said
+
+
+def test_a_cell_goes_on_with_its_own_settings_alone(
+    tmp_path: Path, script: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not replicate(script, tmp_path, data, "--minutes", "0.000001")
+    script.SCALES["cpu"] = script.replace(script.SCALES["cpu"], lr=1e-3)
+    said = complaint(script, capsys, CELL, tmp_path, "--data", data)
+    assert "was begun with other settings: give those again, or another folder" in said
+
+
+def test_the_result_names_every_machine_and_commit(
+    tmp_path: Path, script: ModuleType, data: Path
+) -> None:
+    assert not replicate(script, tmp_path, data, "--minutes", "0.000001")
+    origin = tmp_path / f"{CELL}-cpu-0" / "origin.json"
+    before = json.loads(origin.read_text())
+    origin.write_text(json.dumps({**before, "on": [["another machine", "abc"]]}) + "\n")
+    assert replicate(script, tmp_path, data)
+    result = found(script)
+    assert result["hardware"] == f"another machine; {before['on'][0][0]}"
+    assert result["commit"] == f"abc; {before['on'][0][1]}"
+
+
+def test_what_cannot_be_rendered_is_named(
+    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.RESULTS = tmp_path / "benchmarks" / "results"
+    page = tmp_path / "docs" / "results.md"
+    broken = script.RESULTS / "x.json"
+    for folder in (page.parent, script.RESULTS):
+        folder.mkdir(parents=True)
+    for text, content, wrong in (
+        ("no marks", "{}", page),
+        (f"{script.BEGIN}\n", "{}", page),
+        (f"{script.BEGIN}\n{script.END}", "{", broken),
+        (f"{script.BEGIN}\n{script.END}", '{"cell": "unknown"}', broken),
+    ):
+        page.write_text(text)
+        broken.write_text(content)
+        assert complaint(script, capsys, "--render").startswith(f"error: {wrong} ")
+        assert page.read_text() == text
 
 
 def test_two_processes_do_not_share_a_cell(

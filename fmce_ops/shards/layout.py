@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin
 import numpy as np
 
 from fmce_ops.errors import ShardError
 from fmce_ops.shards.manifest import FORMAT, map_bytes
 
 _NAMES = {"maps", "index", "label"}
-_ZSTD = hdf5plugin.Zstd.filter_id
 # On maps of a trained ShuffleNet (32 KiB each) plain zstd at level 1 in chunks of 32 KiB stores
 # 2.1 times less; level 3 gains 1 % at half the speed, larger chunks 1 % at twice the time of a
 # random read, and byte or bit shuffling before it loses.
@@ -101,12 +99,19 @@ def finish(file: h5py.File) -> None:
 def _storage(name: str, layout: Layout) -> dict[str, Any]:
     if name == "maps" and layout.compression:
         chunks = (layout.chunk_rows, *layout.shape)
-        return {"chunks": chunks, **hdf5plugin.Zstd(clevel=_ZSTD_LEVEL)}
+        return {"chunks": chunks, **_zstd()(clevel=_ZSTD_LEVEL)}
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     return {"dcpl": properties}
+
+
+def _zstd() -> Any:
+    """The filter; importing it makes HDF5 know it."""
+    import hdf5plugin  # here: machines that compress nothing may lack it
+
+    return hdf5plugin.Zstd
 
 
 @contextmanager
@@ -183,7 +188,9 @@ def _check_dataset(root: Any, name: str, layout: Layout) -> int:
     _check(properties.get_external_count() == 0, f"keeps its {name} in another file")
     filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
     if name == "maps" and layout.compression:
-        _check(filters == [_ZSTD], f"has {name} with the filters {filters}, not zstd alone")
+        _check(
+            filters == [_zstd().filter_id], f"has {name} with the filters {filters}, not zstd alone"
+        )
         return _check_chunks(dataset, properties, layout)
     _check(filters == [], f"has {name} with the filters {filters} where none belong")
     _check(properties.get_layout() == h5py.h5d.CONTIGUOUS, f"has {name} in pieces or elsewhere")
