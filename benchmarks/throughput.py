@@ -240,10 +240,12 @@ def report(given: argparse.Namespace) -> str:
         f"{speed * operations * passes / peak:.1%} |"
         for what, loop, speed, passes in rows
     ]
+    told = ("backbone", "size", "side", "images", "batch_size", "epochs", "workers")
+    words = [f"--{name.replace('_', '-')} {getattr(given, name)}" for name in told]
+    words += ["--compile"] if given.compile else []
     return f"""## {given.backbone}, {given.size} px, on {where}
 
-`python benchmarks/throughput.py --backbone {given.backbone} --size {given.size} \
---images {given.images} --write`; {kind}, \
+`python benchmarks/throughput.py {" ".join(words)} --write`; {kind}, \
 batch {given.batch_size}, {given.images} pictures of {given.side} px, {given.workers} workers in \
 the plain loop, torch {torch.__version__}; the faster of a matrix product and a \
 convolution reaches {peak / 1e12:.2f} T operations a second.
