@@ -1,6 +1,7 @@
 """Classifiers cut at their feature map: shapes by hand, parameters kept, what is refused."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torchvision
 from fmce_ops.errors import ModelError
 from fmce_ops.models import Classifier, build, feature_shape
+from fmce_ops.models.cifar import resnet20, resnet56, wide_resnet20
 from torch import Tensor, nn
 
 
@@ -72,6 +74,18 @@ def test_the_small_stem_leaves_an_eighth(name: str, channels: int, size: int, si
 def test_the_small_resnet_has_the_parameters_known_for_cifar() -> None:
     classifier = build("resnet18", 10, stem="small", in_size=32)
     assert sum(p.numel() for p in classifier.parameters()) == 11_173_962
+
+
+@pytest.mark.parametrize(
+    ("make", "millions"), [(resnet20, 0.27), (resnet56, 0.85), (wide_resnet20, 1.1)]
+)
+def test_the_resnets_of_cifar_have_the_parameters_that_are_stated(
+    make: Callable[[int], nn.Module], millions: float
+) -> None:
+    network = make(10)
+    count = sum(weights.numel() for weights in network.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.03)
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_nothing_behind_the_cut_is_kept() -> None:
