@@ -20,7 +20,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,13 @@ NETWORKS = {
     "r20": ("fmce_ops.models.cifar:resnet20", "standard", "layer3"),
     "cnn": ("maturity:cnn", "standard", "block3"),
     "mob": ("maturity:mobile", "standard", "last"),
+    "cnnhalf": ("maturity:half_cnn", "standard", "block3"),
+    "mobhalf": ("maturity:half_mobile", "standard", "last"),
+    "r20x2": ("fmce_ops.models.cifar:wide_resnet20", "standard", "layer3"),
+    "cnnx2": ("maturity:wide_cnn", "standard", "block3"),
+    "mobx2": ("maturity:wide_mobile", "standard", "last"),
 }
+ONE_SEED = ("r20x2", "cnnx2", "mobx2", "cnnhalf", "mobhalf")
 MODULES = {
     "s05": ("stage2", "stage3", "stage4", "conv5"),
     "r20": ("layer1", "layer2", "layer3"),
@@ -92,11 +98,11 @@ PLAN, FOLDS = JudgePlan(steps=500), 3
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "maturity.png"
 
 
-def cnn(num_classes: int) -> nn.Module:
-    """Three blocks of two convolutions, 32 to 128 channels."""
+def cnn(num_classes: int, first: int = 32) -> nn.Module:
+    """Three blocks of two convolutions, ``first`` to four times as many channels."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = 3
-    for number, width in enumerate((32, 64, 128), start=1):
+    for number, width in enumerate((first, 2 * first, 4 * first), start=1):
         parts: list[nn.Module] = []
         for before in (channels, width):
             conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
@@ -108,20 +114,40 @@ def cnn(num_classes: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def mobile(num_classes: int) -> nn.Module:
-    """Inverted residuals in three blocks of 32 to 96 channels, as in MobileNet V2."""
+def half_cnn(num_classes: int) -> nn.Module:
+    """The same with half the channels."""
+    return cnn(num_classes, first=16)
+
+
+def wide_cnn(num_classes: int) -> nn.Module:
+    """The same with twice the channels."""
+    return cnn(num_classes, first=64)
+
+
+def mobile(num_classes: int, first: int = 32) -> nn.Module:
+    """Inverted residuals in blocks of 1 to 3 times ``first`` channels, as in MobileNet V2."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["stem"] = Conv2dNormActivation(3, 24, activation_layer=nn.ReLU6)
     channels = 24
-    for number, width in enumerate((32, 64, 96), start=1):
-        first = InvertedResidual(channels, width, stride=1 if number == 1 else 2, expand_ratio=3)
-        second = InvertedResidual(width, width, stride=1, expand_ratio=3)
-        layers[f"block{number}"] = nn.Sequential(first, second)
+    for number, width in enumerate((first, 2 * first, 3 * first), start=1):
+        enter = InvertedResidual(channels, width, stride=1 if number == 1 else 2, expand_ratio=3)
+        stay = InvertedResidual(width, width, stride=1, expand_ratio=3)
+        layers[f"block{number}"] = nn.Sequential(enter, stay)
         channels = width
     layers["last"] = Conv2dNormActivation(channels, 256, 1, activation_layer=nn.ReLU6)
     layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
     layers["fc"] = nn.Linear(256, num_classes)
     return nn.Sequential(layers)
+
+
+def half_mobile(num_classes: int) -> nn.Module:
+    """The same with half the channels within its blocks."""
+    return mobile(num_classes, first=16)
+
+
+def wide_mobile(num_classes: int) -> nn.Module:
+    """The same with twice the channels within its blocks."""
+    return mobile(num_classes, first=64)
 
 
 @dataclass(frozen=True)
@@ -172,7 +198,8 @@ class Spec:
 def specs() -> list[Spec]:
     """All runs: fine ones, and those that are not."""
     found = [Spec(d, n, s) for s, d, n in product((0, 1, 2), DATA, MODULES)]
-    found += [Spec(d, "s10", 0) for d in DATA]
+    found += [Spec(d, "s10", s) for s, d in product((0, 1, 2), DATA)]
+    found += [Spec(d, n, 0) for n, d in product(ONE_SEED, DATA)]
     frozen = ["cifar r20", "fashion s05", "digits cnn", "mnist r20", "digits s05", "fashion cnn"]
     for data, network in map(str.split, frozen):
         found += [Spec(data, network, 5, frozen=module) for module in MODULES[network]]
@@ -412,8 +439,12 @@ def place(run: StudiedRun, spec: Spec) -> int:
 Split = tuple[str, Callable[[Spec, Spec], bool], Callable[[Spec], bool]]
 SPLITS: list[Split] = [
     # what is left out with a run; the runs that are judged
-    ("unseen seed", lambda a, b: a.start == b.start, lambda s: s.fine and s.network != "s10"),
-    ("unseen width", lambda a, b: b.network == "s10", lambda s: s.network == "s10"),
+    (
+        "unseen seed",
+        lambda a, b: a.start == b.start,
+        lambda s: s.fine and s.network not in ONE_SEED,
+    ),
+    ("unseen width", lambda a, b: a.network == b.network, lambda s: s.fine),
     ("unseen family", lambda a, b: a.network[0] == b.network[0], lambda s: s.fine),
     ("unseen data set", lambda a, b: a.data == b.data, lambda s: s.fine),
     ("labels shuffled", lambda a, b: a == b, lambda s: s.shuffled),
@@ -480,34 +511,39 @@ def baseline_figures(name: str, split: Split, runs: Sequence[Read]) -> tuple[flo
     return float(np.mean([f[0] for f in figures])), float(np.mean([f[1] for f in figures]))
 
 
-def fmce_net(folder: Path, raw: Path, runs: Sequence[Read]) -> dict[str, LeftOut]:
-    """The published network, learned from one run, on another seed of the same task."""
+FMCE_NET = "s05"  # the architecture whose runs it learns from and judges
+PAIRS = {  # a run that it learns from, one that it judges
+    "unseen seed": [(Spec(d, FMCE_NET, s), Spec(d, FMCE_NET, 1 - s)) for d in DATA for s in (0, 1)],
+    "unseen data set": [
+        (Spec(a, FMCE_NET, 0), Spec(b, FMCE_NET, 0)) for a, b in pairwise([*DATA, *DATA][:5])
+    ],
+}
+
+
+def fmce_net(split: str, folder: Path, raw: Path, runs: Sequence[Read]) -> dict[str, LeftOut]:
+    """The published network, learned from one run, on another of the same architecture."""
     found = {}
-    for known, new in ((0, 1), (1, 0)):
-        for data in DATA:
-            maps = {s: last_maps(Spec(data, "s05", s), folder, raw, runs) for s in (known, new)}
-            torch.manual_seed(0)
-            (x, truth_known), (y, truth_new) = maps[known], maps[new]
-            network = FmceNet(tuple(x.shape[2:]), len(x))
-            optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-            flat, phase = x.flatten(0, 1), torch.arange(len(x)).repeat_interleave(x.shape[1])
-            for chosen in (
-                torch.stack([torch.randperm(len(flat)) for _ in range(4)]).flatten().split(64)
-            ):
-                loss = F.cross_entropy(network(flat[chosen]), phase[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            with torch.no_grad():
-                shares = network.eval()(y.flatten(0, 1)).softmax(1)
-            each = (shares @ truth_known).view(y.shape[:2])
-            whole = each.mean(1, keepdim=True)
-            value = torch.cat([each, whole], dim=1)
-            size = torch.tensor([VIEWS_OF_ONE] * y.shape[1] + [len(SIZES)]).expand(value.shape)
-            true = truth_new[:, None].expand(value.shape).flatten()
-            said, size = value.flatten(), size.flatten()
-            last = torch.ones_like(said)
-            found[f"{data}-{new}"] = LeftOut(said, said, said, true, size, last)
+    for known, new in PAIRS[split]:
+        torch.manual_seed(0)
+        x, truth_known = last_maps(known, folder, raw, runs)
+        y, truth_new = last_maps(new, folder, raw, runs)
+        network = FmceNet(tuple(x.shape[2:]), len(x))
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        flat, phase = x.flatten(0, 1), torch.arange(len(x)).repeat_interleave(x.shape[1])
+        epochs = torch.stack([torch.randperm(len(flat)) for _ in range(4)])
+        for chosen in epochs.flatten().split(64):
+            loss = F.cross_entropy(network(flat[chosen]), phase[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            shares = network.eval()(y.flatten(0, 1)).softmax(1)
+        each = (shares @ truth_known).view(y.shape[:2])
+        value = torch.cat([each, each.mean(1, keepdim=True)], dim=1)
+        size = torch.tensor([VIEWS_OF_ONE] * y.shape[1] + [len(SIZES)]).expand(value.shape)
+        true = truth_new[:, None].expand(value.shape).flatten()
+        said, size = value.flatten(), size.flatten()
+        found[new.name] = LeftOut(said, said, said, true, size, torch.ones_like(said))
     return found
 
 
@@ -580,8 +616,8 @@ def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
         rows.append(row(split[0], "judge", len(found), one, many))
         if split[0] == "one module frozen":
             named = "{} of {}".format(*named_frozen(found, runs))
-        if split[0] == "unseen seed":
-            found = fmce_net(folder, raw, runs)
+        if split[0] in PAIRS:
+            found = fmce_net(split[0], folder, raw, runs)
             one, many = summary(list(found.values()), VIEWS_OF_ONE), summary(list(found.values()))
             for figures in (one, many):
                 figures["coverage"] = float("nan")
@@ -591,7 +627,7 @@ def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
             if figures_ is not None:
                 order, error = figures_
                 rows.append(
-                    f"| {split[0]} | {name} | | | | | {order:.2f} | {error * PHASES:.1f} | |"
+                    f"| {split[0]} | {name} | | | | | {order:.3f} | {error * PHASES:.2f} | |"
                 )
     table = "\n".join(rows)
     fine = sum(r.spec.fine for r in runs)
@@ -625,7 +661,7 @@ def row(split: str, who: str, runs: int, one: dict[str, float], many: dict[str, 
     def cells(figures: dict[str, float]) -> str:
         coverage = figures["coverage"]
         shown = "" if np.isnan(coverage) else f"{coverage:.2f}"
-        return f"{figures['spearman']:.2f} | {figures['error'] * PHASES:.1f} | {shown}"
+        return f"{figures['spearman']:.3f} | {figures['error'] * PHASES:.2f} | {shown}"
 
     return f"| {split} | {who} | {runs} | {cells(one)} | {cells(many)} |"
 

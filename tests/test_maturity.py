@@ -14,7 +14,6 @@ from fmce_ops.maturity import (
     EACH,
     FEW,
     READ,
-    SIZES,
     VIEWED,
     VIEWS,
     VIEWS_OF_ONE,
@@ -26,9 +25,9 @@ from fmce_ops.maturity import (
     describe_each,
     describe_views,
     find_modules,
-    half_width,
     kinds,
     load_judge,
+    margin,
     module_maps,
     next_to_train,
     reading,
@@ -127,6 +126,11 @@ class TestDescriptors:
         with pytest.raises(ModelError, match="feature maps"):
             describe(wrong)
 
+    def test_more_maps_than_can_be_compared_are_refused(self) -> None:
+        assert torch.isfinite(describe(maps(4096, 2, 1, 1))).all()
+        with pytest.raises(ModelError, match="give 4096 at most"):
+            describe(maps(4097, 2, 1, 1))
+
 
 class TestModules:
     @pytest.mark.parametrize(
@@ -184,11 +188,11 @@ class TestIntervals:
     def test_each_run_counts_the_same_and_one_worse_is_added(self) -> None:
         errors = [torch.full((5,), 0.01 * k) for k in range(1, 20)]
         errors[0] = torch.full((5000,), 0.01)
-        assert half_width(errors, 0.9) == pytest.approx(0.18)
+        assert margin(errors, 0.9) == pytest.approx(0.18)
 
     def test_few_runs_bear_the_whole_scale_alone(self) -> None:
-        assert half_width([torch.zeros(100)] * 8, 0.9) == 1.0
-        assert half_width([torch.zeros(100)] * 9, 0.9) == 0.0
+        assert margin([torch.zeros(100)] * 8, 0.9) == torch.inf
+        assert margin([torch.zeros(100)] * 9, 0.9) == 0.0
 
     def test_a_new_run_is_covered_as_promised(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -198,25 +202,36 @@ class TestIntervals:
             return of_run * torch.rand(30, generator=generator)
 
         inside = [
-            (errors() <= half_width([errors() for _ in range(12)], 0.8)).float().mean()
+            (errors() <= margin([errors() for _ in range(12)], 0.8)).float().mean()
             for _ in range(400)
         ]
         assert 0.8 <= torch.stack(inside).mean() < 0.9
 
-    def test_more_images_never_widen_the_interval(self) -> None:
+    def test_a_size_without_examples_has_the_margin_of_fewer_images(self) -> None:
         judge = Judge(4, 1)
-        generator = torch.Generator().manual_seed(0)
-        size = torch.arange(len(SIZES) + 1).repeat(30)
+        size = torch.tensor([1.0, 3.0]).repeat(30)  # neither a map alone, nor 16, nor 256 images
         where = [torch.zeros_like(size), size, torch.full_like(size, DEPTHS - 1)]
-        errors = [
-            torch.stack([torch.rand(len(size), generator=generator), *where], dim=1)
-            for _ in range(12)
-        ]
-        calibrate(judge, errors)
-        known, alone = judge.half_widths
-        assert (known.diff(dim=0) <= 0).all()
-        assert (known[:, 0] == 1).all()  # nothing is known of early modules
-        assert (alone == 1).all()  # nor of any without its network
+        calibrate(judge, [torch.stack([size, *where], dim=1)] * 12)
+        known, alone = judge.margins
+        assert known[:, -1].tolist() == [torch.inf, 1.0, 1.0, 3.0, 3.0]
+        assert known[:, 0].isinf().all()  # nothing is known of early modules
+        assert alone.isinf().all()  # nor of any without its network
+
+    def test_without_a_known_margin_the_interval_is_the_whole_scale(self) -> None:
+        rows, depth, _ = synthetic("x", 0).rows()
+        for found in Judge(4, 1).scores(rows, depth):
+            assert (found.low, found.high) == (0.0, 1.0)
+
+    def test_the_more_votes_differ_the_wider_the_interval(self) -> None:
+        judge = certain_judge([synthetic(str(k), k) for k in range(9)], PLAN, folds=3)
+        rows, depth, _ = synthetic("new", 99).rows()
+        rows[:, DESCRIPTORS : 2 * DESCRIPTORS] += torch.randn(DESCRIPTORS)  # a strange start
+        usual, _, _ = synthetic("new", 99).rows()
+
+        def widths(rows: torch.Tensor) -> float:
+            return sum(s.high - s.low for s in judge.scores(rows, depth))
+
+        assert widths(rows) > widths(usual)
 
     def test_a_count_between_two_sizes_has_the_interval_of_the_smaller(self) -> None:
         descriptors = torch.zeros(5, 1, DESCRIPTORS)
@@ -228,7 +243,7 @@ class TestIntervals:
             alone, size, part = cells(reading(descriptors, **told)[:, 0], depth)
             assert alone.tolist() == [unknown] * 5
             assert size.tolist() == [0, 0, 1, 3, 4]
-            assert part.tolist() == [0, 1, 2, 2, 2]
+            assert part.tolist() == [0, 1, 1, 1, 2]
 
 
 def synthetic(name: str, seed: int, modules: int = 2) -> StudiedRun:
@@ -284,7 +299,7 @@ class TestJudge:
         save_weights(tmp_path / "judge.safetensors", judge.state_dict(), {})
         again = load_judge(tmp_path / "judge.safetensors")
         rows, depth, _ = synthetic("z", 2).rows()
-        torch.testing.assert_close(again(rows, depth), judge(rows, depth))
+        torch.testing.assert_close(again(rows, depth)[0], judge(rows, depth)[0])
 
     @pytest.mark.parametrize("content", [None, b"", b"not a judge"])
     def test_what_is_no_judge_is_refused(self, tmp_path: Path, content: bytes | None) -> None:
@@ -298,15 +313,17 @@ class TestJudge:
         judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
         for far in torch.tensor([1e6, 1e30])[:, None, None].expand(2, 1, DESCRIPTORS):
             for known in ({}, {"start": -far, "network": far}):
-                assert 0 <= judge(reading(far, **known), torch.ones(1)).item() <= 1
+                assert 0 <= judge(reading(far, **known), torch.ones(1))[0].item() <= 1
 
     def test_a_module_is_judged_with_its_network_and_with_less_certainty_alone(self) -> None:
         judge = certain_judge([synthetic(str(k), k) for k in range(9)], PLAN, folds=3)
+        widths = []
         for alone in (False, True):
             rows, depth, truth = synthetic("new", 99).rows(alone=alone)
-            with torch.no_grad():
-                assert (judge(rows, depth) - truth)[-2:].abs().max() < 0.3
-        assert (judge.half_widths[0] <= judge.half_widths[1] + 1e-6).float().mean() > 0.5
+            found = judge.scores(rows, depth)
+            assert max(abs(s.value - t) for s, t in zip(found, truth.tolist(), strict=True)) < 0.5
+            widths.append(sum(s.high - s.low for s in found) / len(found))
+        assert widths[0] < widths[1]
 
     def test_a_vote_needs_what_its_member_reads_and_counts_less_from_afar(self) -> None:
         judge = fit_judge([synthetic("x", 0), synthetic("y", 1)], PLAN)
@@ -315,7 +332,7 @@ class TestJudge:
 
         def weights(rows: torch.Tensor) -> torch.Tensor:
             voters = judge.electorate(int(kinds(rows)))
-            found = voters.votes(voters.standardised(rows, depth))[1][:, 0]
+            found = voters.shares(voters.standardised(rows, depth))[:, 0]
             assert found.sum().item() == pytest.approx(1, abs=1e-5)
             return found
 
@@ -329,7 +346,7 @@ class TestJudge:
         assert (weights(without_start) > 0).tolist() == [True, False, False, True]
         assert weights(far)[0] < 0.01 * before[0]
         with torch.no_grad():
-            scores = [judge(part, depth).item() for part in (rows, far)]
+            scores = [judge(part, depth)[0].item() for part in (rows, far)]
         assert abs(scores[0] - scores[1]) < 0.2
 
     def test_members_read_what_they_are_meant_to(self) -> None:

@@ -158,6 +158,7 @@ def test_a_judge_of_maturity_scores_maps_of_any_shape(project: Path) -> None:
         address += "/invocations"
         code, answer = ask(address, inputs(maps))
         other = ask(address, inputs(np.zeros((1, 50, 2, 2))))
+        many = ask(address, inputs(np.random.default_rng(1).random((5000, 2, 1, 1))))
         early = ask(address, json.dumps({"inputs": maps.tolist(), "params": {"depth": 0.0}}))
         described = json.dumps({"inputs": read(maps), "params": {"input": "descriptors"}})
         same = ask(address, described)
@@ -170,7 +171,8 @@ def test_a_judge_of_maturity_scores_maps_of_any_shape(project: Path) -> None:
             ask(address, json.dumps({"inputs": maps.tolist(), "params": {"input": "descriptors"}})),
         ]
         good = ask(address, inputs(maps))
-    assert (code, other[0], early[0], same[0], good[0]) == (200, 200, 200, 200, 200)
+    assert [code, *(found[0] for found in (other, many, early, same, good))] == [200] * 6
+    assert [len(many[1]["predictions"][name]) for name in ("score", "together_score")] == [5000, 1]
     assert all(400 <= found[0] < 500 and found[1]["message"] for found in bad)
     found = {name: np.array(values) for name, values in answer["predictions"].items()}
     assert {name: len(values) for name, values in found.items()} == {

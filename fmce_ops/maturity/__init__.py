@@ -9,6 +9,7 @@ from fmce_ops.maturity.descriptors import (
     describe_bags,
     describe_each,
     describe_views,
+    describe_views_each,
 )
 from fmce_ops.maturity.judge import (
     COVERAGE,
@@ -23,13 +24,13 @@ from fmce_ops.maturity.judge import (
     Score,
     cells,
     depths,
-    half_width,
     kinds,
     load_judge,
+    margin,
     reading,
 )
 from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
-from fmce_ops.maturity.scoring import next_to_train, score, start_of
+from fmce_ops.maturity.scoring import bags, mean_score, next_to_train, score, start_of
 from fmce_ops.maturity.start import restarted, untrained
 from fmce_ops.maturity.views import VIEWS, views
 
@@ -50,16 +51,19 @@ __all__ = [
     "FunctionalModule",
     "Judge",
     "Score",
+    "bags",
     "cells",
     "depths",
     "describe",
     "describe_bags",
     "describe_each",
     "describe_views",
+    "describe_views_each",
     "find_modules",
-    "half_width",
     "kinds",
     "load_judge",
+    "margin",
+    "mean_score",
     "module_maps",
     "next_to_train",
     "reading",

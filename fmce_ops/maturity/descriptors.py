@@ -17,6 +17,7 @@ _QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 _SIDE = 8  # of the map whose singular values are taken; larger maps are averaged to it
 _ENERGIES = (1, 2, 4, 8, 16, 32)  # directions whose share of the variance over images is read
 _CLUSTERS, _LLOYD = (2, 4, 8, 16), 8  # counts that images are grouped in, and steps of it
+_MOST = 4096  # maps that are compared with each other
 _AT_ONCE = 2**20  # numbers that are worked on together, so that they stay near the processor
 _TINY = 1e-12
 _LEAST = 1e-4  # share that remains about centres; less is said to be this
@@ -28,7 +29,7 @@ COUNT, VIEWED = DESCRIPTORS - 2, DESCRIPTORS - 1  # where log2 of the images lie
 
 
 def describe(maps: Tensor) -> Tensor:
-    """Descriptors of N >= 1 maps of one module together.
+    """Descriptors of 1 to 4096 maps of one module together; it compares each with each.
 
     Relative to each map's mean absolute value, and then as the mean and the standard deviation over
     maps: quantiles over channels of the mean, of the standard deviation, of the largest value and
@@ -49,10 +50,12 @@ def describe(maps: Tensor) -> Tensor:
     Raises
     ------
     ModelError
-        ``maps`` is not of that shape, or not finite.
+        ``maps`` is not of that shape, not finite, or they are more.
     """
     maps = _checked(maps)
-    return _together(maps, _each(maps))
+    if len(maps) > _MOST:
+        raise ModelError(f"{len(maps)} maps are too many to compare: give {_MOST} at most.")
+    return _together(maps[None], _each(maps)[None])[0]
 
 
 def describe_each(maps: Tensor) -> Tensor:
@@ -73,8 +76,16 @@ def describe_views(maps: Tensor) -> Tensor:
     (DESCRIPTORS,)
         Its last are log2 n, and 1.
     """
-    rows = torch.stack([describe(views) for views in maps])
-    return torch.cat([rows.mean(0)[:COUNT], rows.new_tensor([math.log2(len(maps)), 1.0])])
+    mean = describe_views_each(maps).mean(0)
+    return torch.cat([mean[:COUNT], mean.new_tensor([math.log2(len(maps)), 1.0])])
+
+
+def describe_views_each(maps: Tensor) -> Tensor:
+    """What :func:`describe_views` gives for each of n images alone: (n, DESCRIPTORS)."""
+    flat = _checked(maps.flatten(0, 1))
+    of_image = maps.shape[:2]
+    rows = _together(flat.unflatten(0, of_image), _each(flat).unflatten(0, of_image))
+    return torch.cat([rows[:, :COUNT], rows.new_tensor([0.0, 1.0]).expand(len(rows), 2)], dim=1)
 
 
 def describe_bags(maps: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -88,19 +99,27 @@ def describe_bags(maps: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     maps = _checked(maps)
     each = _each(maps)
-    rows, start = [], 0
+    bags: dict[int, list[Tensor]] = {size: [] for size in sizes}
+    start, places = 0, torch.arange(len(maps), device=maps.device)
     for size in sizes:
         start = start if start + size <= len(maps) else 0
-        chosen = slice(start, start + size)
-        rows.append(_together(maps[chosen], each[chosen]))
+        bags[size].append(places[start : start + size])
         start += size
-    return torch.stack(rows)
+    rows = maps.new_empty(len(sizes), DESCRIPTORS)
+    for size, alike in bags.items():
+        chosen = torch.stack(alike)
+        rows[torch.tensor(sizes, device=maps.device) == size] = _together(
+            maps[chosen], each[chosen]
+        )
+    return rows
 
 
 def _together(maps: Tensor, each: Tensor) -> Tensor:
-    between = _between(maps) if len(maps) > 1 else maps.new_zeros(_BETWEEN)
-    count = maps.new_tensor([math.log2(len(maps)), 0.0])
-    return torch.cat([each.mean(0), each.std(0, correction=0), between, count])
+    """Of g groups: (g, N, C, h, w) and what is read of each map (g, N, ·) -> (g, DESCRIPTORS)."""
+    groups, images = maps.shape[:2]
+    between = _between(maps) if images > 1 else maps.new_zeros(groups, _BETWEEN)
+    count = maps.new_tensor([math.log2(images), 0.0]).expand(groups, 2)
+    return torch.cat([each.mean(1), each.std(1, correction=0), between, count], dim=1)
 
 
 def _each(maps: Tensor) -> Tensor:
@@ -130,16 +149,19 @@ def _alone(maps: Tensor) -> Tensor:
 
 
 def _between(maps: Tensor) -> Tensor:
-    maps = maps / maps.abs().mean().clamp_min(_TINY)
-    pooled = maps.flatten(2).mean(2)
-    mean = pooled.mean(0)
+    """Of g groups of maps (g, N, C, h, w): (g, _BETWEEN)."""
+    values = maps.flatten(3)
+    values = values / values.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(_TINY)
+    pooled = values.mean(3)
+    power = values.square().mean(dim=(1, 3)).sum(1)
+    mean = pooled.mean(1, keepdim=True)
     rest = pooled - mean
-    energy = pooled.square().sum(1).mean().clamp_min(_TINY)
-    variance = rest.square().sum(1).mean()
-    total = (maps.square().sum() / maps[:, 0].numel() - mean.square().sum()).clamp_min(_TINY)
-    shares = torch.stack([variance / energy, variance / total])
+    energy = pooled.square().sum(2).mean(1).clamp_min(_TINY)
+    variance = rest.square().sum(2).mean(1)
+    total = (power - mean.square().sum(dim=(1, 2))).clamp_min(_TINY)
+    shares = torch.stack([variance / energy, variance / total], dim=1)
     parts = _directions(rest), _neighbours(rest), _groups(rest), _selectivity(pooled)
-    return torch.cat([shares, *parts])
+    return torch.cat([shares, *parts], dim=1)
 
 
 def _checked(maps: Tensor) -> Tensor:
@@ -195,63 +217,64 @@ def _spectrum(maps: Tensor) -> Iterator[Tensor]:
 
 
 def _directions(rest: Tensor) -> Tensor:
-    """Spectrum of centred vectors (N, C): log effective rank, participation, shares of energy."""
-    gram = rest @ rest.T if len(rest) < rest.shape[1] else rest.T @ rest
-    energies = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(0).float()
-    shares = energies / energies.sum().clamp_min(_TINY)
-    entropy = torch.special.entr(shares).sum()
-    participation = -shares.square().sum().clamp_min(_TINY).log()
-    cumulated = shares.cumsum(0)
-    first = [cumulated[min(count, len(shares)) - 1] for count in _ENERGIES]
-    return torch.stack([entropy, participation, *first])
+    """Spectrum of centred vectors (g, N, C): log effective rank, participation, energy shares."""
+    gram = rest @ rest.mT if rest.shape[1] < rest.shape[2] else rest.mT @ rest
+    energies = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(1).float()
+    shares = energies / energies.sum(1, keepdim=True).clamp_min(_TINY)
+    entropy = torch.special.entr(shares).sum(1)
+    participation = -shares.square().sum(1).clamp_min(_TINY).log()
+    cumulated = shares.cumsum(1)
+    first = [cumulated[:, min(count, shares.shape[1]) - 1] for count in _ENERGIES]
+    return torch.stack([entropy, participation, *first], dim=1)
 
 
 def _neighbours(rest: Tensor) -> Tensor:
     """Quantiles of the cosines between images, and of the nearest one's share of the distance."""
-    unit = F.normalize(rest, dim=1)
-    cosines = unit @ unit.T
-    others = ~torch.eye(len(rest), dtype=torch.bool, device=rest.device)
+    unit = F.normalize(rest, dim=2)
+    others = ~torch.eye(rest.shape[1], dtype=torch.bool, device=rest.device)
+    cosines = (unit @ unit.mT)[:, others]
     distances = torch.cdist(rest, rest)
-    nearest = distances.masked_fill(~others, torch.inf).amin(1)
-    ratio = nearest / distances[others].mean().clamp_min(_TINY)
-    return torch.cat([_quantiles(cosines[others]), _quantiles(ratio)])
+    nearest = distances.masked_fill(~others, torch.inf).amin(2)
+    ratio = nearest / distances[:, others].mean(1, keepdim=True).clamp_min(_TINY)
+    return torch.cat([_quantiles(cosines), _quantiles(ratio)], dim=1)
 
 
 def _groups(rest: Tensor) -> Tensor:
-    """Log share of the squares of (N, C) that remains about the centres of ever more groups.
+    """Log share of the squares of (g, N, C) that remains about the centres of ever more groups.
 
     Lloyd's steps from centres that lie farthest from each other, so that nothing is drawn.
     """
-    total = rest.square().sum().clamp_min(_TINY)
-    centres = _farthest(rest, min(max(_CLUSTERS), len(rest)))
-    remains = [_remains(rest, centres[:count]) for count in _CLUSTERS]
-    return (torch.stack(remains) / total).clamp_min(_LEAST).log()
+    total = rest.square().sum(dim=(1, 2)).clamp_min(_TINY)
+    centres = _farthest(rest, min(max(_CLUSTERS), rest.shape[1]))
+    remains = [_remains(rest, centres[:, :count]) for count in _CLUSTERS]
+    return (torch.stack(remains, dim=1) / total[:, None]).clamp_min(_LEAST).log()
 
 
 def _farthest(points: Tensor, count: int) -> Tensor:
     """The point farthest from 0, and then always the one farthest from those before."""
-    distance, chosen = points.square().sum(1), []
+    group = torch.arange(len(points), device=points.device)
+    distance, chosen = points.square().sum(2), []
     for _ in range(count):
-        chosen.append(points[distance.argmax()])
-        away = (points - chosen[-1]).square().sum(1)
+        chosen.append(points[group, distance.argmax(1)])
+        away = (points - chosen[-1][:, None]).square().sum(2)
         distance = away if len(chosen) == 1 else torch.minimum(distance, away)
-    return torch.stack(chosen)
+    return torch.stack(chosen, dim=1)
 
 
 def _remains(points: Tensor, centres: Tensor) -> Tensor:
     for _ in range(_LLOYD):
-        nearest = torch.cdist(points, centres).argmin(1)
-        belongs = F.one_hot(nearest, len(centres)).to(points.dtype)
-        counts = belongs.sum(0)[:, None]
-        centres = torch.where(counts > 0, belongs.T @ points / counts.clamp_min(1), centres)
-    return torch.cdist(points, centres).amin(1).square().sum()
+        nearest = torch.cdist(points, centres).argmin(2)
+        belongs = F.one_hot(nearest, centres.shape[1]).to(points.dtype)
+        counts = belongs.sum(1)[:, :, None]
+        centres = torch.where(counts > 0, belongs.mT @ points / counts.clamp_min(1), centres)
+    return torch.cdist(points, centres).amin(2).square().sum(1)
 
 
 def _selectivity(pooled: Tensor) -> Tensor:
     """Over channels: quantiles of the log kurtosis and of the log variation over images."""
-    rest = pooled - pooled.mean(0)
-    variance = rest.square().mean(0)
-    kurtosis = rest.pow(4).mean(0) / variance.square().clamp_min(_TINY)
-    size = pooled.abs().mean(0)
+    rest = pooled - pooled.mean(1, keepdim=True)
+    variance = rest.square().mean(1)
+    kurtosis = rest.pow(4).mean(1) / variance.square().clamp_min(_TINY)
+    size = pooled.abs().mean(1)
     variation = variance.sqrt() / size.clamp_min(_TINY)
-    return torch.cat([_quantiles(kurtosis.log1p()), _quantiles(variation.log1p())])
+    return torch.cat([_quantiles(kurtosis.log1p()), _quantiles(variation.log1p())], dim=1)

@@ -18,7 +18,7 @@ from fmce_ops.maturity.descriptors import COUNT, DESCRIPTORS, EACH, VIEWED
 
 SIZES = (1, 16, 64, 256)  # counts of images for which intervals are known
 FEW = SIZES[1]  # fewer images are read through their views
-DEPTHS = 3  # parts of a network, first to last, for which intervals are known
+DEPTHS = 3  # where intervals are known: in the first half of a network, the second, at its end
 SHIPPED = Path(__file__).with_name("judge.safetensors")
 COVERAGE = 0.9  # the probability with which an interval holds the truth of a new run
 FEWEST = 9  # runs that bear such an interval: COVERAGE / (1 - COVERAGE)
@@ -27,7 +27,8 @@ ONE, VIEWS_OF_ONE, SEVERAL = range(3)  # what is read: a map, the views of image
 _KINDS = 3
 _LIMIT = 5.0  # standard deviations; what lies farther out is none of what the judge has seen
 _NEAR, _FAR = 2.0, 100.0  # standard deviations that are usual; beyond them no more is counted
-_BASE = 0.05  # distance at which a vote begins to count less
+_BASE = 0.1  # distance at which a vote begins to count less
+_FLOOR = 0.05  # of doubt, however much the votes agree
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,24 @@ class Members(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(members, 1, b) for _, b in shapes)
         self.register_buffer("columns", columns, persistent=False)
 
-    def forward(self, inputs: Tensor, drop: float = 0.0) -> tuple[Tensor, Tensor]:
-        """What each says of standardised inputs, and how much that counts.
+    def forward(self, usual: Tensor, keep: Tensor | float = 1.0) -> Tensor:
+        """Maturity (members, N) that each sees in standardised inputs without what is unusual.
 
-        The less, the farther inputs lie outside what is usual; nothing where they would have to
-        read what is not known.
-
-        Returns
-        -------
-        (members, N) maturity, and (N,) the weight of these votes.
+        ``keep`` is what hidden units are multiplied with.
         """
-        own = inputs[:, self.columns]
-        far = (own.abs() - _NEAR).clamp(0, _FAR).square().mean(1)
-        weight = (_BASE + far).pow(-2).nan_to_num(0.0)
-        usual = own.clamp(-_LIMIT, _LIMIT).nan_to_num(0.0)
-        hidden = usual.expand(len(self.biases[0]), -1, -1)
+        hidden = usual[:, self.columns].expand(len(self.biases[0]), -1, -1)
         layers = list(zip(self.weights, self.biases, strict=True))
         for matrix, bias in layers[:-1]:
-            hidden = F.dropout(F.gelu(torch.baddbmm(bias, hidden, matrix)), drop, drop > 0)
-        return torch.baddbmm(layers[-1][1], hidden, layers[-1][0])[..., 0].sigmoid(), weight
+            hidden = F.gelu(torch.baddbmm(bias, hidden, matrix)) * keep
+        return torch.baddbmm(layers[-1][1], hidden, layers[-1][0])[..., 0].sigmoid()
+
+    def weight(self, inputs: Tensor) -> Tensor:
+        """How much these votes count (N,): the less, the farther inputs lie outside what is usual.
+
+        Nothing where members would have to read what is not known.
+        """
+        far = (inputs[:, self.columns].abs() - _NEAR).clamp(0, _FAR).square().mean(1)
+        return (_BASE + far).reciprocal().nan_to_num(0.0)
 
 
 class Electorate(nn.Module):
@@ -94,16 +94,29 @@ class Electorate(nn.Module):
         """Rows and depth, NaN for what is not known: (N, READ), (N,) -> (N, READ + 1)."""
         return (torch.cat([rows, depth[:, None]], dim=1) - self.mean) / self.std
 
-    def votes(self, inputs: Tensor, drop: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Votes (patterns, members, N) on standardised inputs, and their shares (patterns, N)."""
-        said = [members(inputs, drop) for members in self.patterns]
-        votes, weights = (torch.stack(part) for part in zip(*said, strict=True))
-        return votes, weights / weights.sum(0)
+    def votes(self, inputs: Tensor, keep: Tensor | float = 1.0) -> Tensor:
+        """Votes (patterns, members, N) on standardised inputs; ``keep`` as in ``Members``."""
+        usual = inputs.clamp(-_LIMIT, _LIMIT).nan_to_num(0.0)
+        return torch.stack([members(usual, keep) for members in self._patterns()])
 
-    def forward(self, rows: Tensor, depth: Tensor) -> Tensor:
-        """Maturity (N,), 0 to 1."""
-        votes, shares = self.votes(self.standardised(rows, depth))
-        return (shares * votes.mean(1)).sum(0)
+    def shares(self, inputs: Tensor) -> Tensor:
+        """How much the votes of each pattern count (patterns, N), 1 together."""
+        weights = torch.stack([members.weight(inputs) for members in self._patterns()])
+        return weights / weights.sum(0)
+
+    def forward(self, rows: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+        """Maturity and doubt, both (N,), as in ``Judge``."""
+        inputs = self.standardised(rows, depth)
+        votes, shares = self.votes(inputs), self.shares(inputs)
+        value = (shares * votes.mean(1)).sum(0)
+        taken = (shares > 0).float()[:, None].expand_as(votes)
+        count = taken.sum((0, 1))
+        mean = (taken * votes).sum((0, 1)) / count
+        spread = ((taken * (votes - mean).square()).sum((0, 1)) / count).sqrt()
+        return value, _FLOOR + spread
+
+    def _patterns(self) -> list[Members]:
+        return cast(list[Members], list(self.patterns))
 
 
 class Judge(nn.Module):
@@ -115,8 +128,9 @@ class Judge(nn.Module):
     since the network's random start; the same, of what lies between maps alone; and that without
     the start. A vote counts the more the nearer what the member reads lies to what it has learned
     from: with its network in sight, one that is known is judged most exactly, while the change
-    since the start carries over to those that are not. All that it needs is in its ``state_dict``:
-    weights, mean and standard deviation of what is read, and half the width of the intervals.
+    since the start carries over to those that are not. Where they disagree the judge is in doubt,
+    and the interval is wide. All that it needs is in its ``state_dict``: weights, mean and standard
+    deviation of what is read, and the margins of the intervals, in doubts.
 
     Parameters
     ----------
@@ -124,26 +138,31 @@ class Judge(nn.Module):
     members : how many networks of each pattern vote.
     """
 
-    half_widths: Tensor
+    margins: Tensor
 
     def __init__(self, width: int = 64, members: int = 2) -> None:
         super().__init__()
         self.width, self.members = width, members
         self.kinds = nn.ModuleList(Electorate(kind, width, members) for kind in range(_KINDS))
-        self.register_buffer("half_widths", torch.ones(2, len(SIZES) + 1, DEPTHS))
+        self.register_buffer("margins", torch.full((2, len(SIZES) + 1, DEPTHS), torch.inf))
 
-    def forward(self, rows: Tensor, depth: Tensor) -> Tensor:
-        """Maturity (N,), 0 to 1.
+    def forward(self, rows: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+        """Maturity, 0 to 1, and doubt: the standard deviation of the votes and a little more.
 
         Parameters
         ----------
         rows : (N, READ), of :func:`reading`.
         depth : (N,), where the module lies: 0 the first of its network, 1 the last.
+
+        Returns
+        -------
+        (N,) and (N,)
         """
-        values, of = rows.new_zeros(len(rows)), kinds(rows)
+        found, of = rows.new_zeros(2, len(rows)), kinds(rows)
         for kind in of.unique().tolist():
-            values[of == kind] = self.electorate(kind)(rows[of == kind], depth[of == kind])
-        return values
+            chosen = of == kind
+            found[:, chosen] = torch.stack(self.electorate(kind)(rows[chosen], depth[chosen]))
+        return found[0], found[1]
 
     def electorate(self, kind: int) -> Electorate:
         """Those who vote on rows of a kind."""
@@ -152,8 +171,8 @@ class Judge(nn.Module):
     @torch.no_grad()
     def scores(self, rows: Tensor, depth: Tensor) -> list[Score]:
         """Maturity with its interval for each row; both as in :meth:`forward`."""
-        values = self(rows, depth)
-        halves = self.half_widths[cells(rows, depth)]
+        values, doubts = self(rows, depth)
+        halves = self.margins[cells(rows, depth)] * doubts
         return [
             Score(value, max(0.0, value - half), min(1.0, value + half))
             for value, half in zip(values.tolist(), halves.tolist(), strict=True)
@@ -211,16 +230,17 @@ def kinds(rows: Tensor) -> Tensor:
 
 
 def cells(rows: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of ``half_widths`` holds for each row (N,): whether it is alone, the size, the depth.
+    """Which of ``margins`` holds for each row (N,): whether it is alone, the size, the depth.
 
     Alone is a module without its network or its start. The sizes are a map, the views of one image,
-    and SIZES from FEW on; a count of images between two of them has the wider interval.
+    and SIZES from FEW on; a count of images between two of them has the wider interval. The depths
+    are the first half of the network, the second, and its last module.
     """
     counts = 2 ** rows[:, COUNT]
     several = torch.tensor(SIZES[1:], device=counts.device)
     size = 1 + (counts[:, None] >= several - 0.5).sum(1)
     size = torch.where(kinds(rows) == SEVERAL, size, kinds(rows))
-    part = (depth * DEPTHS).long().clamp(0, DEPTHS - 1)
+    part = (depth * (DEPTHS - 1)).long()
     return rows.isnan().any(1).long(), size, part
 
 
@@ -229,22 +249,17 @@ def depths(modules: int) -> Tensor:
     return torch.linspace(0, 1, modules) if modules > 1 else torch.ones(1)
 
 
-def half_width(errors: Sequence[Tensor], coverage: float = COVERAGE) -> float:
-    """Half the width of an interval that holds the truth of a new run with this probability.
+def margin(errors: Sequence[Tensor], coverage: float = COVERAGE) -> float:
+    """How far an interval reaches to either side to hold a new run with this probability.
 
     Errors of one run hang together, so a new run is compared with whole runs: each run counts the
     same, whatever its number of errors, and one that is worse than all is added (hierarchical
     conformal prediction; Dunn, Wasserman, Ramdas, arXiv 1809.07441). With fewer than
-    ``coverage / (1 - coverage)`` runs nothing is known, and the width is that of the whole scale.
+    ``coverage / (1 - coverage)`` runs nothing is known, and the margin is infinite.
 
     Parameters
     ----------
-    errors : of each run, the absolute errors of a judge that never saw it.
-
-    Returns
-    -------
-    float
-        At most 1.
+    errors : of each run, the absolute errors of a judge that never saw it, in any unit.
     """
     values = torch.cat([error.flatten() for error in errors]).double()
     shares = [1 / error.numel() / (len(errors) + 1) for error in errors]
@@ -253,8 +268,8 @@ def half_width(errors: Sequence[Tensor], coverage: float = COVERAGE) -> float:
     order = values.argsort()
     reached = weights[order].cumsum(0) >= coverage - 1e-9
     if not reached.any():
-        return 1.0
-    return min(1.0, values[order][reached][0].item())
+        return torch.inf
+    return values[order][reached][0].item()
 
 
 def load_judge(path: Path = SHIPPED) -> Judge:

@@ -51,11 +51,11 @@ def score(
     places = [wanted.index(module) for module in found]
     depth = depths(len(every))[[_place(module.name, every) for module in found]]
     scores = []
-    for part in _parts(images):
+    for part in bags(images):
         own = _read(network, part, wanted)
         rows = reading(own[places], start=start[places], network=own[: len(every)])
         scores.append(judge.scores(rows, depth))
-    return {module.name: _mean([s[i] for s in scores]) for i, module in enumerate(found)}
+    return {module.name: mean_score([s[i] for s in scores]) for i, module in enumerate(found)}
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def start_of(network: nn.Module, images: Tensor, modules: Sequence[str] | None =
     *_, wanted = _modules(network, images, modules)
     with restarted(network) as possible:
         if possible:
-            return _read(network, _parts(images)[0], wanted)
+            return _read(network, bags(images)[0], wanted)
     return torch.full((len(wanted), DESCRIPTORS), torch.nan)
 
 
@@ -87,7 +87,8 @@ def _modules(
     return every, found, list(dict.fromkeys([*every, *found]))
 
 
-def _parts(images: Tensor) -> list[Tensor]:
+def bags(images: Tensor) -> list[Tensor]:
+    """Images, or maps of them, that are judged together: equally many in each, 256 at most."""
     return [part for part in images.split(_AT_ONCE) if len(part) == min(_AT_ONCE, len(images))]
 
 
@@ -119,7 +120,9 @@ def _within(name: str, known: str) -> bool:
     return name == known or name.startswith(f"{known}.")
 
 
-def _mean(scores: Sequence[Score]) -> Score:
+def mean_score(scores: Sequence[Score]) -> Score:
+    """Of bags of images."""
+
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 

@@ -21,7 +21,16 @@ from torch import nn
 from fmce_ops.data import to_input
 from fmce_ops.errors import ModelError
 from fmce_ops.files import write_json
-from fmce_ops.maturity import DESCRIPTORS, Judge, Score, describe, describe_each, reading
+from fmce_ops.maturity import (
+    DESCRIPTORS,
+    Judge,
+    Score,
+    bags,
+    describe,
+    describe_each,
+    mean_score,
+    reading,
+)
 from fmce_ops.models import FmceNet, build, load_into, save_weights
 from fmce_ops.pathways import PathNetwork
 
@@ -202,16 +211,19 @@ def _judged(
     except ModelError as error:
         raise _refusal(str(error)) from None
     found: dict[str, NDArray[np.float64]] = {}
-    for of, rows in {"": each, "together_": together}.items():
-        scores = judge.scores(reading(rows), torch.full((len(rows),), float(depth)))
+    own, shared = (
+        judge.scores(reading(rows), torch.full((len(rows),), float(depth)))
+        for rows in (each, together)
+    )
+    for of, scores in {"": own, "together_": [mean_score(shared)]}.items():
         found |= {f"{of}{n}": np.array(v) for n, v in zip(_SCORE, _columns(scores), strict=True)}
     return found
 
 
 def _read(inputs: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Descriptors of each map, and of all together."""
+    """Descriptors of each map, and of bags of them."""
     if kind == "maps":
-        return describe_each(inputs), describe(inputs)[None]
+        return describe_each(inputs), torch.stack([describe(bag) for bag in bags(inputs)])
     if kind != "descriptors":
         raise _refusal(f"the input is said to be {kind!r}: say 'maps' or 'descriptors'.")
     if inputs.shape[1:] != (DESCRIPTORS, 1, 1):

@@ -15,8 +15,8 @@ from fmce_ops.maturity import (
     Judge,
     cells,
     depths,
-    half_width,
     kinds,
+    margin,
     reading,
 )
 from fmce_ops.training.reporter import Reporter, Row
@@ -81,7 +81,7 @@ class LeftOut:
     Attributes
     ----------
     value, low, high, truth : (n,)
-    size : (n,) of the images, as in ``Judge.half_widths``.
+    size : (n,) of the images, as in ``Judge.margins``.
     depth : (n,) where the module lies, 0 the first to 1 the last.
     """
 
@@ -117,12 +117,16 @@ def _fit(
     voters.std.copy_(known.std(0, correction=0).clamp_min(1e-3))
     inputs = voters.standardised(read, depth)
     drawn = torch.multinomial(shares, plan.steps * plan.batch_size, replacement=True)
-    optimizer = torch.optim.AdamW(voters.parameters(), lr=plan.lr, weight_decay=_WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        voters.parameters(), lr=plan.lr, weight_decay=_WEIGHT_DECAY, fused=True
+    )
     for step, chosen in enumerate(drawn.split(plan.batch_size)):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * (1 + math.cos(math.pi * step / plan.steps)) / 2
         clean = inputs[chosen]
-        votes, _ = voters.votes(clean + _NOISE * torch.randn_like(clean), _DROP)
+        kept = torch.rand(plan.members, len(clean), plan.width) > _DROP
+        noisy = clean + _NOISE * torch.randn_like(clean)
+        votes = voters.votes(noisy, kept / (1 - _DROP))
         loss = (votes - truth[chosen]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -130,22 +134,23 @@ def _fit(
 
 
 def calibrate(judge: Judge, errors: Sequence[Tensor]) -> None:
-    """Set the judge's intervals from the errors of judges on runs that they had not seen.
+    """Set the judge's margins from the errors of judges on runs that they had not seen.
 
-    ``errors``: of each run (n, 4), the absolute errors with their cells.
+    ``errors``: of each run (n, 4), the absolute errors in doubts, with their cells.
     """
-    for cell in product(*map(range, judge.half_widths.shape)):
+    for cell in product(*map(range, judge.margins.shape)):
         chosen = [run[(run[:, 1:] == torch.tensor(cell)).all(1), 0] for run in errors]
         chosen = [part for part in chosen if len(part)]
-        judge.half_widths[cell] = half_width(chosen) if chosen else 1.0
-    # More images, and their views, never make a module less certain, nor a lack of examples.
-    judge.half_widths.copy_(judge.half_widths.cummin(1).values)
+        judge.margins[cell] = margin(chosen) if chosen else torch.inf
+    for size in range(1, judge.margins.shape[1]):  # where there are no examples of a size
+        own, fewer = judge.margins[:, size], judge.margins[:, size - 1]
+        judge.margins[:, size] = torch.where(own.isinf(), fewer, own)
 
 
 def left_out_errors(
     runs: Sequence[StudiedRun], plan: JudgePlan, folds: int = _FOLDS
 ) -> list[Tensor]:
-    """Errors (n, 4) on each run of a judge that learned from runs of other folds."""
+    """Errors (n, 4) in doubts on each run of a judge that learned from runs of other folds."""
     folds = min(folds, len(runs))
     found = []
     for fold in range(folds):
@@ -225,12 +230,13 @@ def summary(
 
 
 def _errors(judge: Judge, run: StudiedRun) -> Tensor:
-    """Of every module with its network and its start, and alone: (n, 4), the error and its cell."""
+    """Of every module with its network and its start, and alone: (n, 4), error and cell."""
     found = []
     for alone in (False, True):
         rows, depth, truth = run.rows(alone=alone)
         with torch.no_grad():
-            error = (judge(rows, depth) - truth).abs()
+            value, doubt = judge(rows, depth)
+        error = (value - truth).abs() / doubt
         found.append(torch.stack([error, *cells(rows, depth)], dim=1))
     return torch.cat(found)
 
