@@ -447,10 +447,10 @@ SPLITS: list[Split] = [
     ("unseen width", lambda a, b: a.network == b.network, lambda s: s.fine),
     ("unseen family", lambda a, b: a.network[0] == b.network[0], lambda s: s.fine),
     ("unseen data set", lambda a, b: a.data == b.data, lambda s: s.fine),
-    ("labels shuffled", lambda a, b: a == b, lambda s: s.shuffled),
-    ("learning rate too high", lambda a, b: a == b, lambda s: s.lr == TOO_HIGH),
+    ("labels shuffled", lambda a, b: a.start == b.start, lambda s: s.shuffled),
+    ("learning rate too high", lambda a, b: a.start == b.start, lambda s: s.lr == TOO_HIGH),
     ("learning rate too low", lambda a, b: a == b, lambda s: s.lr == TOO_LOW),
-    ("overfitted", lambda a, b: a == b, lambda s: s.few),
+    ("overfitted", lambda a, b: a.start == b.start, lambda s: s.few),
     ("one module frozen", lambda a, b: a.start == b.start, lambda s: bool(s.frozen)),
 ]
 

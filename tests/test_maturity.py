@@ -18,6 +18,7 @@ from fmce_ops.maturity import (
     VIEWS,
     VIEWS_OF_ONE,
     Judge,
+    bags,
     cells,
     depths,
     describe,
@@ -103,9 +104,9 @@ class TestDescriptors:
     def test_views_of_images_are_described_one_image_after_the_other(self) -> None:
         made = maps(3, 8, 6, 5, 5)
         found = describe_views(made)
-        expected = torch.stack([describe(part) for part in made]).mean(0)
-        torch.testing.assert_close(found[:COUNT], expected[:COUNT])
-        assert found[COUNT] == pytest.approx(np.log2(3)) and found[VIEWED] == 1
+        expected = torch.stack([describe(part) for part in made])
+        torch.testing.assert_close(found[:, :COUNT], expected[:, :COUNT])
+        assert found[:, COUNT:].tolist() == [[0, 1]] * 3
         assert describe(made[0])[VIEWED] == 0
 
     def test_what_remains_about_the_centres_of_groups(self) -> None:
@@ -388,6 +389,38 @@ class TestScore:
         )
         assert whole == pytest.approx((first + second) / 2, abs=1e-6)
 
+    def test_what_is_left_over_behind_whole_parts_is_not_read(self) -> None:
+        assert list(map(len, bags(torch.zeros(600, 2)))) == [256, 256]
+        assert list(map(len, bags(torch.zeros(20, 2)))) == [20]
+
+    def test_few_images_are_read_as_one_is(self) -> None:
+        network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
+        image = torch.rand(1, 3, 16, 16)
+        one, eight = (
+            score(network, image.expand(n, -1, -1, -1), judge=self.judge)["backbone.conv5"]
+            for n in (1, 8)
+        )
+        assert eight.value == pytest.approx(one.value, abs=1e-4)
+        assert eight.high - eight.low == pytest.approx(one.high - one.low, abs=1e-3)
+
+    def test_a_network_that_works_on_tokens_is_refused(self) -> None:
+        vit = models.VisionTransformer(16, 8, 1, 2, 16, 32)
+        with pytest.raises(ModelError, match="VisionTransformer works on tokens"):
+            score(vit, torch.rand(2, 3, 16, 16), judge=self.judge)
+
+    def test_without_images_there_is_no_score(self) -> None:
+        network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
+        with pytest.raises(ModelError, match="give at least one"):
+            score(network, torch.zeros(0, 3, 16, 16), judge=self.judge)
+
+    def test_the_random_numbers_of_the_user_are_left_alone(self) -> None:
+        network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
+        images = torch.rand(16, 3, 16, 16)
+        load_judge.__globals__["_loaded"].cache_clear()
+        before = torch.get_rng_state()
+        score(network, images)
+        assert torch.equal(before, torch.get_rng_state())
+
     def test_few_images_are_shown_altered_and_score_the_same_in_any_company(self) -> None:
         network = build("shufflenet_v2_x0_5", 4, stem="small", in_size=16)
         images = torch.rand(FEW - 1, 3, 16, 16)
@@ -481,7 +514,7 @@ class TestStudy:
         assert run.descriptors[0, 36, 4, COUNT] == 4.0  # log2 of 16 images
         seen = module_maps(classifier, views(inputs[5:6])[0], found)[-1]
         torch.testing.assert_close(
-            run.descriptors[0, 18 + 5, 4], describe_views(seen[None]), rtol=1e-3, atol=1e-4
+            run.descriptors[0, 18 + 5, 4], describe_views(seen[None])[0], rtol=1e-3, atol=1e-4
         )
         from dataclasses import replace
 

@@ -159,6 +159,7 @@ def test_a_judge_of_maturity_scores_maps_of_any_shape(project: Path) -> None:
         code, answer = ask(address, inputs(maps))
         other = ask(address, inputs(np.zeros((1, 50, 2, 2))))
         many = ask(address, inputs(np.random.default_rng(1).random((5000, 2, 1, 1))))
+        few = ask(address, inputs(np.random.default_rng(2).random((8, 6, 5, 5))))
         early = ask(address, json.dumps({"inputs": maps.tolist(), "params": {"depth": 0.0}}))
         described = json.dumps({"inputs": read(maps), "params": {"input": "descriptors"}})
         same = ask(address, described)
@@ -171,8 +172,10 @@ def test_a_judge_of_maturity_scores_maps_of_any_shape(project: Path) -> None:
             ask(address, json.dumps({"inputs": maps.tolist(), "params": {"input": "descriptors"}})),
         ]
         good = ask(address, inputs(maps))
-    assert [code, *(found[0] for found in (other, many, early, same, good))] == [200] * 6
+    assert [code, *(found[0] for found in (other, many, few, early, same, good))] == [200] * 7
     assert [len(many[1]["predictions"][name]) for name in ("score", "together_score")] == [5000, 1]
+    alone, together = (few[1]["predictions"][name] for name in ("score", "together_score"))
+    assert together == [pytest.approx(np.mean(alone))]
     assert all(400 <= found[0] < 500 and found[1]["message"] for found in bad)
     found = {name: np.array(values) for name, values in answer["predictions"].items()}
     assert {name: len(values) for name, values in found.items()} == {

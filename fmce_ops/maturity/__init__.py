@@ -9,7 +9,6 @@ from fmce_ops.maturity.descriptors import (
     describe_bags,
     describe_each,
     describe_views,
-    describe_views_each,
 )
 from fmce_ops.maturity.judge import (
     COVERAGE,
@@ -58,7 +57,6 @@ __all__ = [
     "describe_bags",
     "describe_each",
     "describe_views",
-    "describe_views_each",
     "find_modules",
     "kinds",
     "load_judge",

@@ -65,7 +65,7 @@ def describe_each(maps: Tensor) -> Tensor:
 
 
 def describe_views(maps: Tensor) -> Tensor:
-    """Mean over images of what :func:`describe` gives for the views of each.
+    """What :func:`describe` gives for the views of each image; the last are 0, and 1.
 
     Parameters
     ----------
@@ -73,15 +73,8 @@ def describe_views(maps: Tensor) -> Tensor:
 
     Returns
     -------
-    (DESCRIPTORS,)
-        Its last are log2 n, and 1.
+    (n, DESCRIPTORS)
     """
-    mean = describe_views_each(maps).mean(0)
-    return torch.cat([mean[:COUNT], mean.new_tensor([math.log2(len(maps)), 1.0])])
-
-
-def describe_views_each(maps: Tensor) -> Tensor:
-    """What :func:`describe_views` gives for each of n images alone: (n, DESCRIPTORS)."""
     flat = _checked(maps.flatten(0, 1))
     of_image = maps.shape[:2]
     rows = _together(flat.unflatten(0, of_image), _each(flat).unflatten(0, of_image))

@@ -288,7 +288,8 @@ def _loaded(path: Path) -> Judge:
     try:
         state = load_file(path)
         members, _, width = state["kinds.0.patterns.0.weights.0"].shape
-        judge = Judge(width, members)
+        with torch.random.fork_rng(devices=[]):  # its first weights are none of the user's
+            judge = Judge(width, members)
         judge.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

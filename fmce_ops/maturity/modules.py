@@ -48,7 +48,8 @@ def find_modules(
     Raises
     ------
     ModelError
-        A name is not among the submodules that give a map, or none is found.
+        A name is not among the submodules that give a map, none is found, or the network works on
+        tokens.
     """
     outputs = _outputs(network, images[:1])
     if names is not None:
@@ -67,7 +68,19 @@ def find_modules(
             f"{type(network).__name__} has no submodule with weights that makes a feature map "
             "(N, C, h, w): name the modules to score."
         )
+    _refuse_tokens(network, found)
     return found
+
+
+def _refuse_tokens(network: nn.Module, found: Sequence[FunctionalModule]) -> None:
+    """Say that a network attends outside of its maps, which would tell nothing of it."""
+    within = tuple(f"{module.name}." for module in found)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and not name.startswith(within):
+            raise ModelError(
+                f"{type(network).__name__} works on tokens ({name}), of which the judge knows "
+                "nothing: give a network whose modules make feature maps (N, C, h, w)."
+            )
 
 
 @torch.no_grad()

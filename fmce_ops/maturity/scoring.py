@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from fmce_ops.errors import ModelError
 from fmce_ops.maturity.descriptors import DESCRIPTORS, describe, describe_views
 from fmce_ops.maturity.judge import FEW, Judge, Score, depths, load_judge, reading
 from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
@@ -23,14 +24,14 @@ def score(
     judge: Judge | None = None,
     start: Tensor | None = None,
 ) -> dict[str, Score]:
-    """How mature the modules of a network are.
+    """How mature the modules of a network are; call it between steps of training.
 
     Parameters
     ----------
     network : makes feature maps (N, C, h, w) somewhere inside; run in evaluation mode.
     images : (N, 3, H, W), as the network takes them, on any device. More images give a narrower
-        interval, up to 256; of more, the mean over parts of 256 is taken. Fewer than 16 are shown
-        to the network altered, too.
+        interval, up to 256; of more, the mean over whole parts of 256 is taken, and what is left
+        over is not read. Fewer than 16 are shown to the network altered, too.
     modules : names of submodules; None: all functional modules, first to last.
     judge : None: the one that comes with this package.
     start : what :func:`start_of` gives for these modules and images, where it is known already.
@@ -42,8 +43,11 @@ def score(
     Raises
     ------
     ModelError
-        A name is not that of a submodule with a feature map, or a map is not finite.
+        A name is not that of a submodule with a feature map, a map is not finite, there are no
+        images, or the network works on tokens.
     """
+    if not len(images):
+        raise ModelError("there are no images to score with: give at least one.")
     judge = judge or load_judge()
     images = images.to(next(network.parameters(), images).device)
     every, found, wanted = _modules(network, images, modules)
@@ -98,7 +102,8 @@ def _read(network: nn.Module, images: Tensor, modules: Sequence[FunctionalModule
         return torch.stack([describe(made).cpu() for made in module_maps(network, images, modules)])
     seen = views(images)
     maps = module_maps(network, seen.flatten(0, 1), modules)
-    return torch.stack([describe_views(made.unflatten(0, seen.shape[:2])).cpu() for made in maps])
+    each = [describe_views(made.unflatten(0, seen.shape[:2])) for made in maps]
+    return torch.stack([rows.mean(0).cpu() for rows in each])
 
 
 def next_to_train(scores: dict[str, Score], untrained: Collection[str] = ()) -> str:

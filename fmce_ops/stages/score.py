@@ -16,6 +16,7 @@ from fmce_ops.errors import DataError, ModelError
 from fmce_ops.maturity import (
     Judge,
     Score,
+    bags,
     find_modules,
     load_judge,
     next_to_train,
@@ -208,7 +209,8 @@ def _scored(name: str, subject: _Subject, asked: Asked, judge: Judge) -> Scored:
     network, inputs = subject.network.eval(), subject.inputs
     found = score(network, inputs, asked.modules, judge=judge)
     at_start = untrained(network, subject.fresh, find_modules(network, inputs, asked.modules))
-    return Scored(name, len(inputs), found, at_start, next_to_train(found, at_start))
+    read = sum(map(len, bags(inputs)))
+    return Scored(name, read, found, at_start, next_to_train(found, at_start))
 
 
 @contextmanager

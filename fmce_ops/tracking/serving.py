@@ -23,6 +23,7 @@ from fmce_ops.errors import ModelError
 from fmce_ops.files import write_json
 from fmce_ops.maturity import (
     DESCRIPTORS,
+    FEW,
     Judge,
     Score,
     bags,
@@ -223,7 +224,10 @@ def _judged(
 def _read(inputs: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Descriptors of each map, and of bags of them."""
     if kind == "maps":
-        return describe_each(inputs), torch.stack([describe(bag) for bag in bags(inputs)])
+        each = describe_each(inputs)
+        if len(inputs) < FEW:
+            return each, each  # so few tell no more than each by itself
+        return each, torch.stack([describe(bag) for bag in bags(inputs)])
     if kind != "descriptors":
         raise _refusal(f"the input is said to be {kind!r}: say 'maps' or 'descriptors'.")
     if inputs.shape[1:] != (DESCRIPTORS, 1, 1):

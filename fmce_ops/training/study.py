@@ -18,7 +18,7 @@ from fmce_ops.maturity import (
     SIZES,
     FunctionalModule,
     describe_bags,
-    describe_views_each,
+    describe_views,
     find_modules,
     module_maps,
     restarted,
@@ -133,7 +133,7 @@ def _described(network: nn.Module, inputs: Tensor, modules: Sequence[FunctionalM
     bags = torch.stack([describe_bags(m, sizes[:single] + sizes[2 * single :]) for m in maps], 1)
     seen = views(inputs[:single])
     maps = module_maps(network, seen.flatten(0, 1), modules)
-    of_one = [describe_views_each(m.unflatten(0, seen.shape[:2])) for m in maps]
+    of_one = [describe_views(m.unflatten(0, seen.shape[:2])) for m in maps]
     rows = [bags[:single], torch.stack(of_one, dim=1), bags[single:]]
     return torch.cat(rows).cpu()
 
