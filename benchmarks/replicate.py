@@ -297,10 +297,8 @@ def origin(found: Any) -> dict[str, Any]:
     ValueError
         It is something else.
     """
-    pairs = [tuple(map(str, pair)) for pair in found["on"]]
-    if not all(len(pair) == 2 for pair in pairs):
-        raise ValueError
-    return {"settings": dict(found["settings"]), "on": [list(pair) for pair in pairs]}
+    on = [[str(machine), str(made_by)] for machine, made_by in found["on"]]
+    return {"settings": dict(found["settings"]), "on": on}
 
 
 def make_images(work: Work, data: Path) -> None:
