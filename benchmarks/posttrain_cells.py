@@ -31,6 +31,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 PRETRAIN_RATE, TEMPERATURE = 2e-3, 3.0
 AT_ONCE = 1024  # images that are judged together
 CONTROLS = ("untouched", "ce", "anchor, soft")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,31 @@ def shufflenet(classes: int, side: int) -> Network:
     return Network(found.backbone, found.head).to(memory_format=torch.channels_last)
 
 
-def resnet18(classes: int, side: int) -> Network:
+def resnet18(classes: int, side: int, first: int = 16) -> Network:
     """ResNet-18 at a quarter of its width, with the stem of the CIFAR networks."""
-    narrow = ResNet(BasicBlock, [2, 2, 2, 2])
-    narrow.inplanes = 16
+    made = ResNet(BasicBlock, [2, 2, 2, 2])
+    made.inplanes = first
     layers = [
-        narrow._make_layer(BasicBlock, 16 * 2**k, 2, stride=1 if k == 0 else 2) for k in range(4)
+        made._make_layer(BasicBlock, first * 2**k, 2, stride=1 if k == 0 else 2) for k in range(4)
     ]
     body = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *layers
+        nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU(), *layers
     )
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * first, classes))
     return Network(body, head).to(memory_format=torch.channels_last)
 
 
-NETWORKS = {"simple_cnn": simple_cnn, "shufflenet": shufflenet, "resnet18": resnet18}
+def resnet18_full(classes: int, side: int) -> Network:
+    """The same at its full width."""
+    return resnet18(classes, side, first=64)
+
+
+NETWORKS = {
+    "simple_cnn": simple_cnn,
+    "shufflenet": shufflenet,
+    "resnet18": resnet18,
+    "resnet18_full": resnet18_full,
+}
 
 
 def soft(features: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
@@ -136,7 +147,7 @@ def mixed(features: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> T
 
 def class_means(values: Tensor, labels: Tensor, right: Tensor) -> Tensor:
     """For every sample the mean of the correctly classified samples of its class."""
-    means = torch.zeros(int(labels.max()) + 1, *values.shape[1:])
+    means = values.new_zeros(int(labels.max()) + 1, *values.shape[1:])
     for label in range(len(means)):
         chosen = right & (labels == label)
         if chosen.any():
@@ -209,7 +220,8 @@ def epochs_of(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps.epochs):
         network.train(arm is None)
-        for rows in torch.randperm(len(train.labels), generator=generator).chunk(pieces):
+        order = torch.randperm(len(train.labels), generator=generator).to(DEVICE)
+        for rows in order.chunk(pieces):
             features, logits = network(train.inputs[rows])
             labels = train.labels[rows]
             if arm is None:
@@ -261,7 +273,7 @@ def pretrain(
 ) -> tuple[Network, Tensor]:
     """The checkpoint that is best on validation; mean logits of the last third of the epochs."""
     torch.manual_seed(seed)
-    network = make()
+    network = make().to(DEVICE)
     best, state, earlier = -1.0, network.state_dict(), []
     for epoch, _ in enumerate(epochs_of(network, train, None, steps, seed)):
         found = accuracy(network, val)
@@ -277,14 +289,14 @@ def held_out(
     make: Callable[[], Network], train: Data, val: Data, steps: Steps, seed: int, folds: int = 2
 ) -> Tensor:
     """Logits of every training image by a network that was not trained on it."""
-    fold = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)) % folds
-    logits = torch.empty(0)
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
+    fold, logits = (order % folds).to(DEVICE), torch.empty(0)
     for number in range(folds):
         rest = fold != number
         part = Data(train.inputs[rest], train.labels[rest])
         network, _ = pretrain(make, part, val, steps, seed + number)
         found = outputs(network, train.inputs[~rest])[1]
-        logits = logits if len(logits) else torch.empty(len(fold), found.shape[1])
+        logits = logits if len(logits) else found.new_empty(len(fold), found.shape[1])
         logits[~rest] = found
     return logits
 
@@ -323,8 +335,9 @@ def study(
 def load(images: Images, split: str, count: int) -> Data:
     """Inputs of the network and labels; the file is shuffled, so the first are a fair sample."""
     pixels, labels = (part[:count] for part in images.load(split))
-    inputs = to_input(pixels, size=images.side, mean=images.mean, std=images.std)
-    return Data(inputs, labels)
+    near = pixels.to(DEVICE)
+    inputs = to_input(near, size=images.side, mean=images.mean, std=images.std)
+    return Data(inputs, labels.to(DEVICE))
 
 
 def table(name: str, counts: dict[str, int], found: dict[str, list[float]], options: str) -> str:
@@ -338,10 +351,15 @@ def table(name: str, counts: dict[str, int], found: dict[str, list[float]], opti
             cells.append("" if same else words(gain.mean, gain.low, gain.high))
         rows.append(f"| {arm} | {' | '.join(cells)} |")
     head = f"## {name}\n\n{counts['train']} training, {counts['val']} validation, "
-    head += f"{counts['test']} test images; {options}; {platform.machine()}, torch "
+    head += f"{counts['test']} test images; {options}; {machine()}, torch "
     head += f"{torch.__version__}. Test accuracy in %, paired gains in points with their 95 % "
     head += f"intervals.\n\n| arm | test | over {' | over '.join(CONTROLS)} |\n"
     return head + "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def machine() -> str:
+    """What it ran on."""
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
 
 
 def words(mean: float, low: float | None, high: float | None) -> str:

@@ -67,11 +67,19 @@ def _normalise(
     images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool
 ) -> Tensor:
     n, _, height, width = images.shape
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    normal = torch.addcmul(shift[:, None, None], images.float(), scale)
+    scale = torch.tensor([1 / (255 * s) for s in std])
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    both = _sent(torch.stack([scale, shift])[..., None, None], images.device)
+    normal = torch.addcmul(both[1], images.float(), both[0])
     memory = torch.channels_last if channels_last else torch.contiguous_format
     return normal.expand(n, 3, height, width).contiguous(memory_format=memory)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on ``device``; nobody waits for what a GPU has still to compute."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def augment(images: Tensor, settings: Augment, generator: torch.Generator) -> Tensor:
@@ -92,7 +100,7 @@ def _draw(n: int, settings: Augment, generator: torch.Generator) -> Tensor:
 
 def _apply(images: Tensor, pad: int, draws: Tensor) -> Tensor:
     side = images.shape[-1]
-    top, left, mirrored = draws.to(images.device).unbind(1)
+    top, left, mirrored = _sent(draws, images.device).unbind(1)
     if pad:
         # Every possible crop as a view (n, c, tops, lefts, s, s); indexing copies one per image.
         crops = F.pad(images, (pad,) * 4).unfold(2, side, 1).unfold(3, side, 1)
@@ -165,11 +173,12 @@ class TrainBatches:
         """This process's images float32 (b, 3, size, size), channels last, and labels (b,)."""
         order = _recent_order(len(self._rows), self._seed, epoch)
         chosen = self._rows[order[step * self._global : (step + 1) * self._global][self._mine]]
-        images = self._images[chosen.to(self._images.device)].to(self._labels.device)
+        device = self._labels.device
+        images = _sent(self._images[_sent(chosen, self._images.device)], device)
         draws = _draw(self._global, self._augment, generator(self._seed, epoch, step))
         resized = _resize(images, self._size)
         changed = _apply(resized, self._augment.pad, draws[self._mine])
-        labels = self._labels[chosen.to(self._labels.device)]
+        labels = self._labels[_sent(chosen, device)]
         return _normalise(changed, self._mean, self._std, True), labels
 
 

@@ -197,8 +197,9 @@ def _train_steps(
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(loss)
         optimizer.step()
-        correct = (logits.detach().argmax(1) == scores).sum().item()
-        sums += sums.new_tensor([loss.item() * len(scores), correct, len(scores)])
+        correct = (logits.detach().argmax(1) == scores).sum()
+        sums[:2] += torch.stack([loss.detach().double() * len(scores), correct])
+        sums[2] += len(scores)
     loss_sum, hits, count = total(fabric, sums).tolist()
     return loss_sum, hits, round(count)
 
