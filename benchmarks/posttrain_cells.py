@@ -4,10 +4,11 @@ python benchmarks/posttrain_cells.py IMAGES.h5 --network simple_cnn --name "CIFA
 
 prints the table, and with --write keeps it in benchmarks/posttrain_cells.md.
 
-IMAGES.h5 is what the stage prepare writes. Every seed trains a checkpoint of its own; every arm
-trains that checkpoint on, as a whole, with the same steps and no augmentation, which the checkpoint
-had not either, and with the statistics of batch norm at rest, but for the arms that take them anew
-after each epoch. The epoch is chosen on validation, epoch 0 among them.
+IMAGES.h5 is what the stage prepare writes; a GPU is used where there is one. Every seed trains a
+checkpoint of its own; every arm trains that checkpoint on, as a whole, with the same steps and no
+augmentation, which the checkpoint had not either, and with the statistics of batch norm at rest,
+but for the arms that take them anew after each epoch. The epoch is chosen on validation, epoch 0
+among them.
 """
 
 import argparse

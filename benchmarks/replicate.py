@@ -678,7 +678,7 @@ def tables(results: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|",
             *one,
             "",
-            "Markers are epochs where the paper's scale is used, and points (halves of an epoch) "
+            "Markers are epochs at the scales `paper` and `gpu`, and points (halves of an epoch) "
             "at the others; mu in brackets was not reached, and the last point serves.",
             "",
             "### Table II: FMCE-Net on test maps",
@@ -688,7 +688,7 @@ def tables(results: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
             *two,
             "",
-            "Test maps are those of a quarter of the training images: 5,000 of 500 images at the "
+            "Test maps are those of a quarter of the training images, ten of each: 5,000 at the "
             "scales `cpu` and `cpu-cut`. Of the published figures the accuracy alone is compared.",
             "",
             "### What each cell was, and took",

@@ -89,8 +89,8 @@ class ShardWriter:
 
         Parameters
         ----------
-        maps : array or CPU tensor of shape (n, C, H, W)
-            Any float type; rounded to the shard's.
+        maps : array or tensor of shape (n, C, H, W)
+            Any float type; rounded to the shard's, where they are.
         index : array of shape (n,)
             Number of each image in its data set.
         label : array of shape (n,)
@@ -164,7 +164,8 @@ class ShardWriter:
         """The maps in the shard's type; too large a value becomes infinite."""
         dtype = self._layout.dtype
         if isinstance(maps, torch.Tensor):
-            return maps.detach().to("cpu", getattr(torch, dtype)).contiguous().numpy()
+            layout = torch.contiguous_format
+            return maps.detach().to(getattr(torch, dtype), memory_format=layout).cpu().numpy()
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(maps, dtype=dtype)
 

@@ -156,4 +156,4 @@ def _maps(
         fabric.to_device(pixels), size=settings.size, mean=images.mean, std=images.std
     )
     with fabric.autocast():
-        return classifier.features(inputs).cpu()
+        return classifier.features(inputs)

@@ -326,7 +326,7 @@ def _write_part(
             rows, reversal = maker.rows(part.split, inputs, labels, positions)
             facts.add(rows, reversal)
             for key, writer in writers.items():
-                writer.append(rows[key].cpu(), positions.numpy(), labels.cpu().numpy())
+                writer.append(rows[key], positions.numpy(), labels.cpu().numpy())
     records = [[store, vars(writer.close())] for (store, _), writer in writers.items()]
     shape = {store: list(shapes[store, phase]) for store, phase in keys}
     return {"shards": records, "shapes": shape, "reversal": facts.__dict__}
