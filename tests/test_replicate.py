@@ -347,7 +347,7 @@ def test_mistyped_data_are_named_and_leave_nothing_behind(
     said = complaint(script, capsys, cell, tmp_path / "state", "--data", data)
     assert said == (
         f"error: {data / missing} does not exist: give with --data the folder that holds "
-        "MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/train.\n"
+        "MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/{train,val}.\n"
     )
     assert list(tmp_path.iterdir()) == []
     (data / missing).mkdir(parents=True)

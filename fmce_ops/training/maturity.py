@@ -36,6 +36,7 @@ class StudiedRun:
     descriptors : (checkpoints, bags, modules, DESCRIPTORS).
     start : (bags, modules, DESCRIPTORS), of the network with random weights; NaN if not known.
     maturity : (checkpoints, modules), the truth.
+    weight : how much it counts for a judge that learns from it, beside other runs.
     """
 
     name: str
@@ -43,6 +44,7 @@ class StudiedRun:
     descriptors: Tensor
     start: Tensor
     maturity: Tensor
+    weight: float = 1.0
 
     def rows(self, *, alone: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """What is read (n, READ), depth (n,) and maturity (n,) of every bag of a module.
@@ -96,7 +98,7 @@ class LeftOut:
 def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
     """A judge that has learned from all of the runs; its intervals are not yet known."""
     rows = [run.rows() for run in runs]
-    shares = _equal_shares(rows)
+    shares = _shares(runs, rows)
     read, depth, truth = (torch.cat(part) for part in zip(*rows, strict=True))
     of = kinds(read)
     torch.manual_seed(plan.seed)
@@ -241,12 +243,12 @@ def _errors(judge: Judge, run: StudiedRun) -> Tensor:
     return torch.cat(found)
 
 
-def _equal_shares(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Weights (n,) with which every run, and in it every size, is drawn equally often."""
+def _shares(runs: Sequence[StudiedRun], rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Weights (n,): runs are drawn as often as they count, and in a run every size equally."""
     parts = []
-    for read, depth, _ in rows:
+    for run, (read, depth, _) in zip(runs, rows, strict=True):
         _, size, _ = cells(read, depth)
-        parts.append(1 / size.bincount()[size])
+        parts.append(run.weight / size.bincount()[size])
     return torch.cat(parts)
 
 
