@@ -36,7 +36,6 @@ class StudiedRun:
     descriptors : (checkpoints, bags, modules, DESCRIPTORS).
     start : (bags, modules, DESCRIPTORS), of the network with random weights; NaN if not known.
     maturity : (checkpoints, modules), the truth.
-    weight : how much it counts for a judge that learns from it, beside other runs.
     """
 
     name: str
@@ -44,7 +43,6 @@ class StudiedRun:
     descriptors: Tensor
     start: Tensor
     maturity: Tensor
-    weight: float = 1.0
 
     def rows(self, *, alone: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """What is read (n, READ), depth (n,) and maturity (n,) of every bag of a module.
@@ -98,7 +96,7 @@ class LeftOut:
 def fit_judge(runs: Sequence[StudiedRun], plan: JudgePlan) -> Judge:
     """A judge that has learned from all of the runs; its intervals are not yet known."""
     rows = [run.rows() for run in runs]
-    shares = _shares(runs, rows)
+    shares = _equal_shares(rows)
     read, depth, truth = (torch.cat(part) for part in zip(*rows, strict=True))
     of = kinds(read)
     torch.manual_seed(plan.seed)
@@ -243,12 +241,12 @@ def _errors(judge: Judge, run: StudiedRun) -> Tensor:
     return torch.cat(found)
 
 
-def _shares(runs: Sequence[StudiedRun], rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Weights (n,): runs are drawn as often as they count, and in a run every size equally."""
+def _equal_shares(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Weights (n,) with which every run, and in it every size, is drawn equally often."""
     parts = []
-    for run, (read, depth, _) in zip(runs, rows, strict=True):
+    for read, depth, _ in rows:
         _, size, _ = cells(read, depth)
-        parts.append(run.weight / size.bincount()[size])
+        parts.append(1 / size.bincount()[size])
     return torch.cat(parts)
 
 
