@@ -58,7 +58,9 @@ from fmce_ops.training.study import Checkpoint, choose_points, describe_run, rea
 from scipy.stats import spearmanr
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
+from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops.misc import Conv2dNormActivation
 
 DATA = {
@@ -85,8 +87,14 @@ NETWORKS = {
     "r20x2": ("fmce_ops.models.cifar:wide_resnet20", "standard", "layer3"),
     "cnnx2": ("maturity:wide_cnn", "standard", "block3"),
     "mobx2": ("maturity:wide_mobile", "standard", "last"),
+    "s15": ("shufflenet_v2_x1_5", "small", None),
+    "rbot": ("maturity:bottlenecks", "standard", "layer3"),
+    "moblast": ("maturity:late_mobile", "standard", "last"),
+    "den": ("maturity:dense", "standard", "block3"),
+    "denx2": ("maturity:wide_dense", "standard", "block3"),
 }
 ONE_SEED = ("r20x2", "cnnx2", "mobx2", "cnnhalf", "mobhalf")
+ONE_SEED += ("s15", "rbot", "moblast", "den", "denx2")
 MODULES = {
     "s05": ("stage2", "stage3", "stage4", "conv5"),
     "r20": ("layer1", "layer2", "layer3"),
@@ -94,7 +102,7 @@ MODULES = {
     "mob": ("block1", "block2", "block3", "last"),
 }
 SIZE, IMAGES, CHECKPOINTS, PHASES = 16, 256, 12, 10
-PLAN, FOLDS = JudgePlan(steps=500), 3
+PLAN, FOLDS = JudgePlan(steps=900), 3
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "maturity.png"
 
 
@@ -124,7 +132,7 @@ def wide_cnn(num_classes: int) -> nn.Module:
     return cnn(num_classes, first=64)
 
 
-def mobile(num_classes: int, first: int = 32) -> nn.Module:
+def mobile(num_classes: int, first: int = 32, last: int = 256) -> nn.Module:
     """Inverted residuals in blocks of 1 to 3 times ``first`` channels, as in MobileNet V2."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["stem"] = Conv2dNormActivation(3, 24, activation_layer=nn.ReLU6)
@@ -134,9 +142,9 @@ def mobile(num_classes: int, first: int = 32) -> nn.Module:
         stay = InvertedResidual(width, width, stride=1, expand_ratio=3)
         layers[f"block{number}"] = nn.Sequential(enter, stay)
         channels = width
-    layers["last"] = Conv2dNormActivation(channels, 256, 1, activation_layer=nn.ReLU6)
+    layers["last"] = Conv2dNormActivation(channels, last, 1, activation_layer=nn.ReLU6)
     layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
-    layers["fc"] = nn.Linear(256, num_classes)
+    layers["fc"] = nn.Linear(last, num_classes)
     return nn.Sequential(layers)
 
 
@@ -148,6 +156,49 @@ def half_mobile(num_classes: int) -> nn.Module:
 def wide_mobile(num_classes: int) -> nn.Module:
     """The same with twice the channels within its blocks."""
     return mobile(num_classes, first=64)
+
+
+def late_mobile(num_classes: int) -> nn.Module:
+    """The same with four times the channels at its end."""
+    return mobile(num_classes, last=1024)
+
+
+def bottlenecks(num_classes: int) -> nn.Module:
+    """Three stages of two bottlenecks, 64 to 256 channels, with the stem of CIFAR networks."""
+    made = ResNet(Bottleneck, [2, 2, 2, 2])
+    made.inplanes = 16
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(*stem))
+    for number, width in enumerate((16, 32, 64), start=1):
+        stride = 1 if number == 1 else 2
+        layers[f"layer{number}"] = made._make_layer(Bottleneck, width, 2, stride=stride)
+    layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
+    layers["fc"] = nn.Linear(256, num_classes)
+    return nn.Sequential(layers)
+
+
+def dense(num_classes: int, growth: int = 12) -> nn.Module:
+    """Three blocks of four layers, each of which adds ``growth`` channels (arXiv 1608.06993)."""
+    channels = 2 * growth
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["stem"] = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+    for number in (1, 2, 3):
+        block = _DenseBlock(4, channels, bn_size=4, growth_rate=growth, drop_rate=0.0)
+        channels += 4 * growth
+        if number < 3:
+            end: list[nn.Module] = [_Transition(channels, channels // 2)]
+            channels //= 2
+        else:
+            end = [nn.BatchNorm2d(channels), nn.ReLU()]
+        layers[f"block{number}"] = nn.Sequential(block, *end)
+    layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
+    layers["fc"] = nn.Linear(channels, num_classes)
+    return nn.Sequential(layers)
+
+
+def wide_dense(num_classes: int) -> nn.Module:
+    """The same with twice the growth."""
+    return dense(num_classes, growth=24)
 
 
 @dataclass(frozen=True)
@@ -197,8 +248,7 @@ class Spec:
 
 def specs() -> list[Spec]:
     """All runs: fine ones, and those that are not."""
-    found = [Spec(d, n, s) for s, d, n in product((0, 1, 2), DATA, MODULES)]
-    found += [Spec(d, "s10", s) for s, d in product((0, 1, 2), DATA)]
+    found = [Spec(d, n, s) for s, d, n in product((0, 1, 2), DATA, [*MODULES, "s10"])]
     found += [Spec(d, n, 0) for n, d in product(ONE_SEED, DATA)]
     frozen = ["cifar r20", "fashion s05", "digits cnn", "mnist r20", "digits s05", "fashion cnn"]
     for data, network in map(str.split, frozen):
