@@ -403,6 +403,7 @@ def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: Mo
         "cell": CELL,
         "scale": "cpu",
         "setting": {"seed": 3, "size": 64},
+        "compile": True,
         "epochs": 24,
         "markers": {"points": list(range(1, 11)), "mu": 0.01, "converged": False},
         "top1": 0.5,
@@ -422,6 +423,7 @@ def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: Mo
         "cpu, 3",
     ]
     assert "(0.01)" in of_cell[1]  # not converged
+    assert of_cell[-1].endswith("| a machine, torch.compile | abc |")
     assert of_cell[3].endswith("| +0.0300 | 0.75 |")  # .95 over the published .92
 
 
