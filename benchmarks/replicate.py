@@ -648,9 +648,6 @@ def render() -> None:
     if not (begin and end):
         raise DataError(f"{page} lacks the line {BEGIN} or {END}: put it back.")
     results = [rendered(path) for path in sorted(RESULTS.glob("*.json"))]
-    order = {name: i for i, name in enumerate(CELLS)}
-    scales = list(SCALES)
-    results.sort(key=lambda r: (order[r["cell"]], scales.index(r["scale"]), r["setting"]["seed"]))
     write_text(page, f"{before}{BEGIN}\n{tables(results)}{END}{after}")
 
 
@@ -675,6 +672,11 @@ BEGIN, END = "<!-- tables: python benchmarks/replicate.py --render -->", "<!-- e
 
 def tables(results: list[dict[str, Any]]) -> str:
     """Tables I and II, published beside ours, and what each cell took."""
+    cells, scales = list(CELLS), list(SCALES)
+    results = sorted(
+        results,
+        key=lambda r: (cells.index(r["cell"]), scales.index(r["scale"]), r["setting"]["seed"]),
+    )
     published = [
         f"| {name} | published | {cell.epochs} | {cell.mu:g} | {listed(cell.markers)} | "
         f"{cell.top1:.4f} |"
