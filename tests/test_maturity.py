@@ -8,6 +8,7 @@ import torch
 from fmce_ops.convergence import epoch_markers, maturity, smooth
 from fmce_ops.errors import ModelError, ShardError
 from fmce_ops.maturity import (
+    CHANNELS,
     COUNT,
     DEPTHS,
     DESCRIPTORS,
@@ -114,7 +115,14 @@ class TestDescriptors:
         centres = 10 * torch.randn(4, 12, generator=generator).repeat(16, 1)
         near = describe(centres + 0.1 * torch.randn(64, 12, generator=generator) + 50)
         apart = (near - describe(50 + 5 * torch.randn(64, 12, generator=generator))).abs()
-        assert apart[EACH:COUNT].max() > 3  # the log share that four groups leave
+        assert apart[EACH:CHANNELS].max() > 3  # the log share that four groups leave
+
+    def test_channels_and_images_are_counted(self) -> None:
+        made = maps(4, 8, 3, 3)
+        assert describe(made)[CHANNELS:].tolist() == [3, 2, 0]
+        assert describe_each(made)[:, CHANNELS:].tolist() == [[3, 0, 0]] * 4
+        assert describe_bags(made, [1, 2])[:, CHANNELS:].tolist() == [[3, 0, 0], [3, 1, 0]]
+        assert describe_views(made[None])[:, CHANNELS:].tolist() == [[3, 0, 1]]
 
     def test_vectors_are_maps_of_one_position(self) -> None:
         made = maps(4, 7)
@@ -258,6 +266,7 @@ def synthetic(name: str, seed: int, modules: int = 2) -> StudiedRun:
     level = torch.cat([torch.zeros(1, modules), truth])[:, None, :, None] * 4 + own
     rows[..., :4] += level
     rows[..., EACH : EACH + 4] += level
+    rows[..., CHANNELS] = 5.0
     rows[..., COUNT] = sizes.log2()[:, None]
     rows[..., VIEWED] = 0.0
     rows[:, 32:64, :, VIEWED] = 1.0
@@ -322,7 +331,7 @@ class TestJudge:
         for alone in (False, True):
             rows, depth, truth = synthetic("new", 99).rows(alone=alone)
             found = judge.scores(rows, depth)
-            assert max(abs(s.value - t) for s, t in zip(found, truth.tolist(), strict=True)) < 0.5
+            assert max(abs(s.value - t) for s, t in zip(found, truth.tolist(), strict=True)) < 0.6
             widths.append(sum(s.high - s.low for s in found) / len(found))
         assert widths[0] < widths[1]
 
@@ -355,8 +364,8 @@ class TestJudge:
         for voters, counts in ((one, (70, 70, 70)), (views_of_one, (112, 112, 42))):
             every, _, part = counts
             read = [set(members.columns.tolist()) for members in voters.patterns]
-            assert list(map(len, read)) == [2 * every + 2, 2 * every + 2, 2 * part + 2, part + 2]
-            assert all(COUNT in columns and READ in columns for columns in read)
+            assert list(map(len, read)) == [2 * every + 3, 2 * every + 3, 2 * part + 3, part + 3]
+            assert all({CHANNELS, COUNT, READ} <= columns for columns in read)
         read = [set(members.columns.tolist()) for members in several.patterns]
         start, network = range(DESCRIPTORS, 2 * DESCRIPTORS), range(2 * DESCRIPTORS, READ)
         assert [bool(columns & set(start)) for columns in read] == [False, True, True, False]

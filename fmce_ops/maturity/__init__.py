@@ -1,6 +1,7 @@
 """Maturity that transfers: scores for the modules of any network, also one never seen."""
 
 from fmce_ops.maturity.descriptors import (
+    CHANNELS,
     COUNT,
     DESCRIPTORS,
     EACH,
@@ -34,6 +35,7 @@ from fmce_ops.maturity.start import restarted, untrained
 from fmce_ops.maturity.views import VIEWS, views
 
 __all__ = [
+    "CHANNELS",
     "COUNT",
     "COVERAGE",
     "DEPTHS",

@@ -1,7 +1,8 @@
-"""What is read of feature maps: numbers that know neither the order nor the count of channels.
+"""What is read of feature maps: as many numbers whatever the count and the order of channels.
 
 A judge of maturity must read the maps of networks that it has never seen, so that nothing here may
-depend on which channel is which, on how many there are, or on the size of the map.
+depend on which channel is which, or on the size of the map. How many channels there are is told
+apart from the rest: at the same loss the wider of two modules has moved less.
 """
 
 import math
@@ -24,8 +25,8 @@ _LEAST = 1e-4  # share that remains about centres; less is said to be this
 _ALONE = 4 * len(_QUANTILES) + 7
 _BETWEEN = 4 * len(_QUANTILES) + 4 + len(_ENERGIES) + len(_CLUSTERS)
 EACH = 2 * _ALONE  # numbers of the maps by themselves, the first; then those between maps
-DESCRIPTORS = EACH + _BETWEEN + 2  # numbers that describe any count of maps
-COUNT, VIEWED = DESCRIPTORS - 2, DESCRIPTORS - 1  # where log2 of the images lies, and whether views
+DESCRIPTORS = EACH + _BETWEEN + 3  # numbers that describe any count of maps
+CHANNELS, COUNT, VIEWED = range(EACH + _BETWEEN, DESCRIPTORS)  # log2 of both, and whether views
 
 
 def describe(maps: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def describe(maps: Tensor) -> Tensor:
     channels x positions. Between the maps, averaged over positions: the share of their energy that
     all have in common, the spectrum of the rest, the cosines, the distance to the nearest other,
     the share that remains of it about the centres of 2 to 16 groups, and over channels the kurtosis
-    and the variation; zero where there is one map alone. The last are log2 N, and 0.
+    and the variation; zero where there is one map alone. The last are log2 C, log2 N, and 0.
 
     Parameters
     ----------
@@ -60,12 +61,14 @@ def describe(maps: Tensor) -> Tensor:
 
 def describe_each(maps: Tensor) -> Tensor:
     """What :func:`describe` gives for each of N maps alone: (N, DESCRIPTORS)."""
-    each = _each(_checked(maps))
-    return F.pad(each, (0, DESCRIPTORS - each.shape[1]))
+    maps = _checked(maps)
+    each = _each(maps)
+    rest = F.pad(each, (0, CHANNELS - each.shape[1]))
+    return torch.cat([rest, _counts(each, maps.shape[1], 1)], dim=1)
 
 
 def describe_views(maps: Tensor) -> Tensor:
-    """What :func:`describe` gives for the views of each image; the last are 0, and 1.
+    """What :func:`describe` gives for the views of each image; the last are log2 C, 0, and 1.
 
     Parameters
     ----------
@@ -111,8 +114,13 @@ def _together(maps: Tensor, each: Tensor) -> Tensor:
     """Of g groups: (g, N, C, h, w) and what is read of each map (g, N, ·) -> (g, DESCRIPTORS)."""
     groups, images = maps.shape[:2]
     between = _between(maps) if images > 1 else maps.new_zeros(groups, _BETWEEN)
-    count = maps.new_tensor([math.log2(images), 0.0]).expand(groups, 2)
-    return torch.cat([each.mean(1), each.std(1, correction=0), between, count], dim=1)
+    last = _counts(between, maps.shape[2], images)
+    return torch.cat([each.mean(1), each.std(1, correction=0), between, last], dim=1)
+
+
+def _counts(rows: Tensor, channels: int, images: int) -> Tensor:
+    """What ends each of n rows: (n, 3)."""
+    return rows.new_tensor([math.log2(channels), math.log2(images), 0.0]).expand(len(rows), 3)
 
 
 def _each(maps: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmce_ops.errors import ModelError
-from fmce_ops.maturity.descriptors import COUNT, DESCRIPTORS, EACH, VIEWED
+from fmce_ops.maturity.descriptors import CHANNELS, COUNT, DESCRIPTORS, EACH, VIEWED
 
 SIZES = (1, 16, 64, 256)  # counts of images for which intervals are known
 FEW = SIZES[1]  # fewer images are read through their views
@@ -122,15 +122,16 @@ class Electorate(nn.Module):
 class Judge(nn.Module):
     """Small networks that vote on the maturity behind the descriptors of a module's maps.
 
-    It knows no channel, no count of channels and no size of map, so that it judges networks that
-    it has not seen. A single map, the views of an image and many images have members of their own.
-    They read, in turn: the module and the mean of its network's modules; the module and its change
-    since the network's random start; the same, of what lies between maps alone; and that without
-    the start. A vote counts the more the nearer what the member reads lies to what it has learned
-    from: with its network in sight, one that is known is judged most exactly, while the change
-    since the start carries over to those that are not. Where they disagree the judge is in doubt,
-    and the interval is wide. All that it needs is in its ``state_dict``: weights, mean and standard
-    deviation of what is read, and the margins of the intervals, in doubts.
+    It knows no channel and no size of map, so that it judges networks that it has not seen. A
+    single map, the views of an image and many images have members of their own. All are told how
+    many channels and images there are and where the module lies. They read, in turn: the module and
+    the mean of its network's modules; the module and its change since the network's random start;
+    the same, of what lies between maps alone; and that without the start. A vote counts the more
+    the nearer what the member reads lies to what it has learned from: with its network in sight,
+    one that is known is judged most exactly, while the change since the start carries over to those
+    that are not. Where they disagree the judge is in doubt, and the interval is wide. All that it
+    needs is in its ``state_dict``: weights, mean and standard deviation of what is read, and the
+    margins of the intervals, in doubts.
 
     Parameters
     ----------
@@ -181,13 +182,14 @@ class Judge(nn.Module):
 
 def _columns(kind: int) -> list[Tensor]:
     """What members of each pattern read of rows of a kind."""
-    all_ = list(range(EACH if kind == ONE else COUNT))
-    between = list(range(EACH) if kind == ONE else range(EACH, COUNT))
+    all_ = list(range(EACH if kind == ONE else CHANNELS))
+    between = list(range(EACH) if kind == ONE else range(EACH, CHANNELS))
 
     def columns(own: list[int], start: list[int], network: list[int]) -> Tensor:
         start = [DESCRIPTORS + place for place in start]
         network = [2 * DESCRIPTORS + place for place in network]
-        return torch.tensor([*own, COUNT, *start, *network, READ])  # the last is the depth
+        told = CHANNELS, COUNT, READ  # the last is the depth
+        return torch.tensor([*own, *told, *start, *network])
 
     return [
         columns(all_, [], all_),

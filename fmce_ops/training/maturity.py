@@ -59,7 +59,7 @@ class StudiedRun:
 
 @dataclass(frozen=True)
 class JudgePlan:
-    """How to learn: AdamW with half a cosine, from rows drawn so that all sizes count the same.
+    """How to learn: absolute errors, AdamW with half a cosine, and every size drawn as often.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ def _fit(
         kept = torch.rand(plan.members, len(clean), plan.width) > _DROP
         noisy = clean + _NOISE * torch.randn_like(clean)
         votes = voters.votes(noisy, kept / (1 - _DROP))
-        loss = (votes - truth[chosen]).square().mean()
+        loss = (votes - truth[chosen]).abs().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
