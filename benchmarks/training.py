@@ -35,7 +35,7 @@ SIZES, BATCH, PAD = (16, 32), 128, 2  # 16 px is the default of params.yaml
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--epochs", type=int, default=12, help="of the runs with and without log")
     parser.add_argument("--write", action="store_true", help="keep the table in training.md")
     options = parser.parse_args()
