@@ -1,6 +1,7 @@
 """A module at its random start is known by its weights, and only such a module."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -55,15 +56,38 @@ def test_the_frozen_module_and_no_other_is_named(frozen: str) -> None:
     assert names == [f"backbone.{frozen}"]
 
 
-def test_without_norms_the_distribution_of_the_weights_tells() -> None:
-    def plain(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
+def plain(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
 
+
+def test_without_norms_the_distribution_of_the_weights_tells() -> None:
     model = plain(0)
     model[0].requires_grad_(False)
     assert found(trained(model, 60, 1e-2), plain(1)) == ["0"]
+
+
+def test_without_norms_weights_beyond_the_bounds_of_the_start_tell_after_a_few_steps() -> None:
+    assert found(trained(plain(0), 20, 1e-3), plain(1)) == []
+
+
+@pytest.mark.parametrize("draw", [nn.init.kaiming_normal_, nn.init.trunc_normal_])
+def test_what_is_drawn_from_one_distribution_is_seldom_told_apart(
+    draw: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    def drawn(seed: int) -> nn.Module:
+        model = plain(seed)
+        for layer in (model[0], model[2]):
+            draw(layer.weight)
+        return model
+
+    assert sum(len(found(drawn(2 * k), drawn(2 * k + 1))) for k in range(100)) >= 199
+    wider = drawn(0)
+    with torch.no_grad():
+        wider[2].weight *= 1.2
+    assert found(wider, drawn(1)) == ["0"]
+    assert found(drawn(1), wider) == ["0"]
 
 
 def test_what_lies_between_a_module_and_its_end_counts() -> None:
