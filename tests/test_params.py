@@ -122,6 +122,10 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(tmp_path, text, key):
     assert complaint(tmp_path, text).startswith(f"{key} is ")
 
 
+def test_a_module_by_itself_is_a_list_of_one(tmp_path):
+    assert load(tmp_path, "posttrain: {modules: conv5}").posttrain.modules == ("conv5",)
+
+
 def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path):
     # YAML 1.1 wants a dot in a number with an exponent; the papers write 1e-4.
     assert load(tmp_path, "markers: {mu: 1e-4}").markers.mu == 0.0001

@@ -205,7 +205,7 @@ def in_two_processes(project: Path, stage: str) -> None:
 def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     copy: Path,
 ) -> None:
-    settings = {**SMALL["posttrain"], "mode": "local", "modules": ["conv5", "stage3..stage4"]}
+    settings = {**SMALL["posttrain"], "mode": "local", "modules": ["stage3..stage4", "conv5"]}
     write_params(copy, {**SMALL, "posttrain": settings})
     assert ran(command(copy, "dvc", "repro").stdout) == ["posttrain", "report"]
     facts = json.loads((copy / "results/posttrain.json").read_text())

@@ -125,6 +125,12 @@ def test_a_class_without_a_right_answer_is_not_pulled():
     assert found.tolist() == [[5.5, 5.5, 3.0], [0.5, 0.0, 3.0]]
 
 
+def test_a_network_without_weights_before_its_head_is_told_so():
+    modules = {"pool": nn.AvgPool2d(2), "relu": nn.ReLU(), "head": nn.Linear(4, 2)}
+    with pytest.raises(ModelError, match=r"set posttrain.modules to \[head\]"):
+        find_span(modules, None)
+
+
 @pytest.mark.parametrize(
     ("names", "module"),
     [
@@ -213,6 +219,18 @@ def test_a_training_that_was_cut_goes_on_to_the_same_bytes(request, tmp_path, mo
     assert figures == [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in cut[1:]]
     files = [best_weights(tmp_path / name).read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+def test_the_modules_of_one_network_train_in_any_order(made, images, tmp_path):
+    own = functional_modules(copy.deepcopy(network()))
+    early, late = find_spans(own, ("stage4", "conv5"))
+    write_targets(launch(), early, images, SETTINGS, tmp_path / "early", Reporters())
+    for span, folder in ((early, tmp_path / "early"), (late, made[1])):
+        history = trained(
+            (span, folder, None), tmp_path / span.name, Job("frp", 1.0, 0), plan(epochs=1)
+        )
+        assert history[1].train_loss > 0
+    assert all(p.requires_grad for part in own.values() for p in part.parameters())
 
 
 def test_local_training_comes_nearer_to_its_targets(made, tmp_path):

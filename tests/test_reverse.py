@@ -12,11 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import nn
+from torch.nn import functional as F
 from torchvision import models, ops
 from torchvision.models.googlenet import Inception
 
 DEFORMED = torch.ones(2, 2, 1, 1)
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Bad(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
 
 
 def test_nearest_logits_by_hand():
@@ -51,7 +58,9 @@ def test_nearest_logits_equal_a_general_optimiser(seed, classes, margin):
         (torch.zeros(2, 3), torch.tensor([0]), 0.0, "one integer for each"),
         (torch.zeros(3), torch.tensor([0]), 0.0, "give \\(N, K\\)"),
         (torch.zeros(1, 2), [0], 0.0, "labels a list: give tensors"),
+        (torch.zeros(1, 2), torch.tensor([0j]), 0.0, "one integer for each"),
         (torch.zeros(1, 2), torch.tensor([0]), "1", "margin is '1'"),
+        (torch.zeros(1, 2), torch.tensor([0]), True, "margin is True"),
         (torch.full((1, 2), torch.nan), torch.tensor([0]), 0.0, "NaN or Inf"),
         (torch.zeros(1, 2), torch.tensor([0]), -1.0, "margin"),
         (torch.zeros(1, 2), torch.tensor([0]), 1e300, "overflow"),
@@ -117,6 +126,42 @@ def test_the_change_is_the_smallest_that_a_general_optimiser_finds():
     result = reverse(module, target, x0, tolerance=1e-6, max_iterations=100)
     ours, theirs = (result.x - x0).norm().item(), np.linalg.norm(found.x - x0[0].numpy())
     assert theirs * 0.999 <= ours <= theirs * 1.05
+
+
+@pytest.mark.parametrize(
+    "rectify", [nn.ReLU(), torch.relu, torch.Tensor.relu, lambda x: (x * 1).relu_()]
+)
+def test_a_unit_at_rest_is_woken_however_the_relu_is_written(rectify):
+    module = Bad(rectify) if not isinstance(rectify, nn.Module) else rectify
+    found = reverse(module, torch.tensor([[1.0, 1.5]]), torch.tensor([[-0.1, 1.0]]))
+    assert found.residual.item() < 1e-3
+
+
+def test_a_unit_out_of_reach_is_no_search_that_ran_out():
+    dead = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        dead[0].bias.fill_(-100)
+    x0 = torch.randn(2, 3)
+    found = reverse(dead, torch.randn(2, 2), x0)
+    assert torch.equal(found.x, x0) and found.status.tolist() == [Status.NEAREST] * 2
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x, w: F.conv2d(x, w),
+        lambda x, w: F.conv2d(x, w, None, 2),
+        lambda x, w: F.conv2d(x, w, None, 2, 1, 1, 1),
+        lambda x, w: F.conv2d(x, w, stride=(1, 2), padding=[1]),
+        lambda x, w: F.conv2d(x, weight=w, padding="same"),
+    ],
+)
+def test_a_convolution_is_reversed_however_it_is_called(forward):
+    torch.manual_seed(0)
+    weight, x0 = torch.randn(4, 3, 3, 3), torch.randn(2, 3, 6, 6)
+    module = Bad(lambda x: forward(x, weight))
+    target = module(x0 + 0.1 * torch.randn_like(x0))
+    assert (reverse(module, target, x0, max_iterations=200).status == Status.REACHED).all()
 
 
 def test_a_dead_unit_is_woken():
@@ -281,12 +326,6 @@ def test_slices_change_nothing(monkeypatch):
     assert torch.allclose(reverse(module, target, x0).x, whole.x, atol=1e-5)
 
 
-class Bad(nn.Module):
-    def __init__(self, forward):
-        super().__init__()
-        self.forward = forward
-
-
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
@@ -301,6 +340,38 @@ class Bad(nn.Module):
 def test_modules_that_cannot_be_reversed_are_named(forward, says):
     with pytest.raises(ReverseError, match=f"Bad.*{says}"):
         reverse(Bad(forward), torch.ones(3, 2) * 9, torch.ones(3, 2))
+
+
+class Fixed(nn.Module):
+    """Knows a batch of four alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("own", torch.linspace(-1, 1, 8).view(4, 2))
+
+    def forward(self, x):
+        return torch.tanh(x + self.own)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.TransformerEncoderLayer(8, 2, 16), (4, 3, 8)),  # takes the first for the sequence
+        (nn.Softmax(0), (4, 3)),
+        (Bad(lambda x: x - x.mean(0)), (4, 3)),
+        (Bad(lambda x: (2 * x).squeeze()), (4, 1, 3)),
+        (Fixed(), (4, 2)),
+        (nn.LayerNorm([4, 3]), (4, 3)),
+        (Bad(lambda x: x.view(4, -1).tanh()), (4, 3)),
+    ],
+)
+def test_modules_that_tie_samples_together_are_named(module, shape):
+    torch.manual_seed(0)
+    x0 = torch.randn(shape)
+    with torch.no_grad():
+        target = module.eval()(x0) * 1.1
+    with pytest.raises(ReverseError, match=f"^{type(module).__name__} .* by itself"):
+        reverse(module, target, x0)
 
 
 class Once(torch.autograd.Function):

@@ -89,6 +89,37 @@ def test_overlapping_pools_reach_what_pooling_made(module):
     assert torch.equal(module(result.x), target)
 
 
+def test_targets_of_overlapping_windows_that_contradict_are_met_as_nearly_as_the_search_can():
+    found = reverse(nn.MaxPool1d(3, 1, 1), torch.tensor([[[3.0, 1.0]]]), torch.full((1, 1, 2), 0.5))
+    assert found.x[0, 0].tolist() == [2.0, 0.5]
+
+
+def test_settings_of_a_pool_may_be_lists():
+    x0 = torch.randn(2, 1, 4, 4)
+    pool = nn.MaxPool2d([2, 2], dilation=[2, 1])
+    assert (reverse(pool, pool(x0 + 0.3), x0).status == Status.REACHED).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 0.003, 0.1, 1.0])
+def test_layer_norm_of_small_inputs_reaches_what_it_can_make(size):
+    torch.manual_seed(0)
+    module = nn.LayerNorm(8).double()
+    nn.init.uniform_(module.weight, -1, 2)
+    x0 = size * torch.randn(16, 8, dtype=torch.float64)
+    target = module(x0 + 0.01 * torch.randn_like(x0)).detach()
+    found = reverse(module, target, x0, max_change=1e3)
+    assert found.residual.max() < 2e-4
+
+
+def test_layer_norm_with_weights_of_zero_reaches_what_it_can_make():
+    torch.manual_seed(0)
+    module, x0 = nn.LayerNorm(8), torch.randn(4, 8)
+    with torch.no_grad():
+        module.weight[:2] = 0
+    target = module(x0 + 0.1 * torch.randn_like(x0)).detach()
+    assert (reverse(module, target, x0).status == Status.REACHED).all()
+
+
 def test_pooling_lowers_what_exceeds_and_raises_the_largest():
     x0 = torch.tensor([[[1.0, 5.0, 2.0, 3.0]]])
     x = reverse(nn.MaxPool1d(2), torch.tensor([[[3.0, 4.0]]]), x0).x

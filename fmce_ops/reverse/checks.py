@@ -12,6 +12,7 @@ from fmce_ops.errors import ReverseError
 
 _TYPES = (torch.float32, torch.float64)
 _MOST = 10**9  # iterations
+_APART = 1e-2  # part of an output that rounding may change in a batch of another size
 
 
 def check_settings(damping: float, max_iterations: int, tolerance: float, bound: float) -> None:
@@ -114,6 +115,34 @@ def forward(module: nn.Module, x0: Tensor) -> object:
             f"{type(module).__name__} cannot take an input {tuple(x0.shape)} of {x0.dtype}: give "
             f"inputs of its shape and type ({reason})."
         ) from error
+
+
+def check_apart(module: nn.Module, x0: Tensor, y: Tensor) -> None:
+    """Refuse a module that makes of a sample by itself something else than in the batch.
+
+    Parameters
+    ----------
+    x0, y : (n, ...) and (n, ...), what the module makes of it.
+    """
+    if len(x0) < 2:
+        return
+    name = type(module).__name__
+    try:
+        alone = module(x0[:1].clone())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the module's own code makes of it
+        reason = str(error).strip().split("\n")[0]
+        raise ReverseError(
+            f"{name} takes {len(x0)} samples together and none by itself ({reason}): only modules "
+            "that take each by itself can be reversed."
+        ) from error
+    same = isinstance(alone, Tensor) and alone.shape == y[:1].shape
+    if not same or (alone - y[:1]).norm() > _APART * y[:1].norm():
+        raise ReverseError(
+            f"{name} makes of a sample by itself something else than in a batch of {len(x0)}: only "
+            "modules that take each by itself, and always alike, can be reversed."
+        )
 
 
 def check_output(module: nn.Module, y: object, target: Tensor, what: str = "the target") -> Tensor:

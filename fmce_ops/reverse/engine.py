@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fmce_ops.errors import ReverseError
 from fmce_ops.reverse.checks import (
+    check_apart,
     check_module,
     check_output,
     check_settings,
@@ -18,6 +19,7 @@ from fmce_ops.reverse.circulant import forget_twins
 from fmce_ops.reverse.dense import forget_factors
 from fmce_ops.reverse.descent import descend
 from fmce_ops.reverse.linear import is_linear
+from fmce_ops.reverse.pooling import POOLINGS
 from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.products import check_derivatives, frozen
 from fmce_ops.reverse.result import Propagation, Reversal, Status
@@ -52,10 +54,11 @@ def reverse(
     """The smallest change of ``x0`` that brings the module's output to ``target``.
 
     x = x0 + argmin_d |f(x0 + d) - t|^2 + damping^2 |d|^2, of least norm (feature-level reverse
-    propagation, arXiv 2506.07188). Linear maps, common activations, pooling, normalisation and
-    Sequentials of these have closed forms or direct solves; everything else is answered by damped
-    Gauss-Newton, which finds the nearest point downhill of x0; with more than 500 iterations
-    L-BFGS goes on from there, and the search is begun anew beside x0 where it ends short.
+    propagation, arXiv 2506.07188); where f ends in a ReLU, targets below 0 count as 0. Linear maps,
+    common activations, pooling, normalisation and Sequentials of these have closed forms or direct
+    solves; everything else is answered by damped Gauss-Newton, which finds the nearest point
+    downhill of x0; with more than 500 iterations L-BFGS goes on from there, and the search is begun
+    anew beside x0 where it ends short.
 
     Parameters
     ----------
@@ -75,9 +78,9 @@ def reverse(
     Raises
     ------
     ReverseError
-        The module returns several tensors or integers, changes the number of samples, ties them
-        together or is not differentiable; shapes or types do not fit, settings are out of range,
-        inputs, parameters or buffers are not finite.
+        The module returns several tensors or integers, changes the number of samples, makes of a
+        sample by itself something else than in the batch, or is not differentiable; shapes or types
+        do not fit, settings are out of range, inputs, parameters or buffers are not finite.
 
     Examples
     --------
@@ -147,9 +150,10 @@ def propagate(
     outputs = [*activations[1:], None]
     for module, x0, output in zip(modules, activations, outputs, strict=True):
         _check_link(module, x0, target if output is None else output, output is None)
-    for module, x0, output in zip(*map(reversed, (modules, activations, outputs)), strict=True):
-        results.append(_reverse_changed(settings, module, targets[-1], x0, output))
-        targets.append(results[-1].x)
+    with torch.no_grad():
+        for module, x0, output in zip(*map(reversed, (modules, activations, outputs)), strict=True):
+            results.append(_reverse_changed(settings, module, targets[-1], x0, output))
+            targets.append(results[-1].x)
     return Propagation(tuple(reversed(targets)), tuple(reversed(results)))
 
 
@@ -202,6 +206,7 @@ def _reverse_slice(settings: Settings, module: nn.Module, target: Tensor, x0: Te
     if not len(x0):
         return _untouched(x0)
     y = check_output(module, forward(module, x0), target)
+    check_apart(module, x0, y)
     gap, size = norms(target - y), torch.maximum(norms(y), norms(target))
     same = gap.isfinite() & (gap <= _ROUNDING * torch.finfo(x0.dtype).eps * size)
     rows = (~same).nonzero()[:, 0]
@@ -275,7 +280,8 @@ def _start(settings: Settings, problem: Problem, gap: Tensor) -> Search:
         return Search(known.x, distance, known.iterations, known.finished)
     if known:
         taken = _take(problem, search, torch.arange(len(x0), device=x0.device), known)
-        search.stationary[taken] = True  # a closed form is the nearest there is
+        # A closed form is the nearest there is, but for windows that overlap.
+        search.stationary[taken] = type(module) not in POOLINGS
     return search
 
 

@@ -12,6 +12,8 @@ from fmce_ops.reverse.pooling import POOLINGS, unpool
 Inverse = Callable[[Any, Tensor, Tensor], Tensor]
 
 _HALVINGS = 100  # float64 is exhausted after them
+_TINY = 1e-150
+_ALMOST = 1e-4  # part of the change that layer norm is asked for
 
 
 def inverse_of(module: nn.Module) -> Inverse | None:
@@ -27,6 +29,8 @@ def inverse_of(module: nn.Module) -> Inverse | None:
         return None  # folds, or is a ReLU
     if isinstance(module, nn.Softmax) and module.dim in (0, None):
         return None
+    if isinstance(module, nn.LayerNorm) and module.elementwise_affine and not module.weight.all():
+        return None  # what a weight of 0 hides is free, and the others hang on it
     return found
 
 
@@ -105,18 +109,29 @@ def _bisect(module: Any, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _layer_norm(module: Any, target: Tensor, x0: Tensor) -> Tensor:
-    """The nearest normalised vector, with the mean and scale that are nearest to x0."""
+    """The nearest normalised vector, with the mean and scale that are nearest to x0.
+
+    The greater the scale, the nearer its length comes to sqrt(size), by eps: the length tells the
+    scale, as exactly as a part of the change that is asked for is worth.
+    """
     width = len(module.normalized_shape)
     rows, wide = x0.double().flatten(-width), target.double().flatten(-width)
     gamma, beta = _flat(module.weight, wide, 1.0), _flat(module.bias, wide, 0.0)
-    mean, root = rows.mean(-1, keepdim=True), rows.shape[-1] ** 0.5
-    scale = rows.std(-1, correction=0, keepdim=True).clamp(min=module.eps)
-    for _ in range(3):  # the radius depends on the scale, through eps alone
-        radius = root * scale / (scale.square() + module.eps).sqrt()
-        unit = _onto_sphere(gamma, wide - beta, radius) * root / radius
-        nearest = (unit * rows).mean(-1, keepdim=True)
-        scale = torch.where(nearest > 0, nearest, scale)
-    return (mean + unit * scale).reshape(x0.shape).to(x0.dtype)
+    centred, root = rows - rows.mean(-1, keepdim=True), rows.shape[-1] ** 0.5
+    own = centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
+    normal = _onto_ball(gamma, wide - beta, root)
+    length = normal.norm(dim=-1, keepdim=True) / root
+    unit = normal / (root * length).clamp(min=_TINY)
+    worth = _ALMOST * (normal - own).norm(dim=-1, keepdim=True) / root
+    scale = (unit * centred).sum(-1, keepdim=True) / root
+    scale = scale.clamp(_scale(length - worth, module.eps), _scale(length + worth, module.eps))
+    return (rows - centred + unit * scale * root).reshape(x0.shape).to(x0.dtype)
+
+
+def _scale(length: Tensor, eps: float) -> Tensor:
+    """Standard deviation of what is normalised to a length, in units of sqrt(size)."""
+    short = length.clamp(0, 1)
+    return eps**0.5 * short / (1 - short.square()).sqrt()
 
 
 def _flat(parameter: Tensor | None, like: Tensor, default: float) -> Tensor:
@@ -125,26 +140,26 @@ def _flat(parameter: Tensor | None, like: Tensor, default: float) -> Tensor:
     return parameter.detach().flatten().to(like.dtype)
 
 
-def _onto_sphere(gamma: Tensor, t: Tensor, radius: Tensor) -> Tensor:
-    """argmin |gamma u - t|^2 subject to sum u = 0, |u| = radius.
+def _onto_ball(gamma: Tensor, t: Tensor, radius: float) -> Tensor:
+    """argmin |gamma u - t|^2 subject to sum u = 0, |u| <= radius; gamma has no 0.
 
-    u = (gamma t - nu) / (gamma^2 + mu), nu by the sum, mu by bisection: |u| falls with mu.
+    u = (gamma t - nu) / (gamma^2 + mu), nu by the sum, mu >= 0 by bisection: |u| falls with mu.
     """
-    squared, product, tiny = gamma.square(), gamma * t, 1e-150
-    least = squared.amin()
-    low, high = torch.zeros_like(radius), product.norm(dim=-1, keepdim=True) / radius + least
+    squared, product = gamma.square(), gamma * t
 
-    def point(rise: Tensor) -> Tensor:
-        weight = 1 / (squared - least + rise).clamp(min=tiny)
+    def point(mu: Tensor) -> Tensor:
+        weight = 1 / (squared + mu).clamp(min=_TINY)
         nu = (weight * product).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
         return weight * (product - nu)
 
+    high = product.norm(dim=-1, keepdim=True) / radius
+    low = torch.zeros_like(high)
+    free = point(low)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         outside = point(middle).norm(dim=-1, keepdim=True) > radius
         low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-    u = point(high)
-    return u * radius / u.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    return torch.where(free.norm(dim=-1, keepdim=True) <= radius, free, point(high))
 
 
 _INVERSES: dict[type[nn.Module], Inverse] = {

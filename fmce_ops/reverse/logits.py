@@ -77,12 +77,13 @@ def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
         raise ReverseError(
             f"the logits are {tuple(logits.shape)} of {logits.dtype}: give (N, K) floats."
         )
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
         raise ReverseError(
             f"the labels are {tuple(labels.shape)} of {labels.dtype}: "
             f"give one integer for each of the {len(logits)} rows of logits."
         )
-    if not isinstance(margin, Real) or not 0 <= margin < float("inf"):
+    number = isinstance(margin, Real) and not isinstance(margin, bool)
+    if not number or not 0 <= margin < float("inf"):
         raise ReverseError(f"the margin is {margin!r}: give a finite number that is not negative.")
     if not logits.isfinite().all():
         raise ReverseError("the logits hold NaN or Inf: find out which module made them.")

@@ -45,11 +45,12 @@ def gauss_newton(problem: Problem, search: Search, limit: Tensor) -> None:
         failed, smoothed, distance = left == 1, linearised.output.smoothed, search.distance[rows]
         swept_now = failed & (width[rows] <= _NARROWEST)
         done = (swept_now & (distance >= swept[rows])) | (failed & (not smoothed))
-        search.stationary[rows] = done | swept_now
+        over = search.iterations[rows] >= limit[rows]
+        search.stationary[rows] = done | swept_now | (failed & over)
         swept[rows] = torch.where(swept_now, distance, swept[rows])
         wider = (width[rows] * torch.where(left > _POOR, 0.5, 2.0)).clamp(_NARROWEST, _WIDEST)
         width[rows] = torch.where(swept_now, _WIDEST, wider)
-        done |= (distance <= here.goal) | (search.iterations[rows] >= limit[rows])
+        done |= (distance <= here.goal) | over
         rows = rows[~done]
 
 

@@ -13,12 +13,13 @@ POOLINGS: _Pools = {**_MAX, **_ADAPTIVE}  # with the number of dimensions that t
 
 
 def unpool(module: Any, target: Tensor, x0: Tensor) -> Tensor:
-    """(n, C, *out) target -> (n, C, *in): the smallest change with that target as its maxima.
+    """(n, C, *out) target -> (n, C, *in): a small change with that target as its maxima.
 
     Entries above the target of a window that they lie in are lowered to it. Where all entries of
     a window are below its target, the largest of those that no other window holds down is raised.
 
-    Targets of overlapping windows may contradict one another; then some stay out of reach.
+    It is the smallest where no windows overlap. Targets of those that do may contradict one
+    another; then some stay out of reach.
     """
     dims = POOLINGS[type(module)]
     windows = _windows(module, x0.shape[-dims:], target.shape[-dims:]).to(x0.device)
@@ -56,7 +57,7 @@ def _axis_windows(module: Any, axis: int, size: int, out: int) -> Tensor:
         seen = start + torch.arange(int((end - start).max()))
         return seen.masked_fill(seen >= end, -1)
     kernel, stride, padding, dilation = (
-        value[axis] if isinstance(value, tuple) else value
+        value if isinstance(value, int) else value[axis]
         for value in (module.kernel_size, module.stride, module.padding, module.dilation)
     )
     seen = index * stride - padding + dilation * torch.arange(kernel)

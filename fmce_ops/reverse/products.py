@@ -17,6 +17,8 @@ from fmce_ops.reverse.solver import norms, spread
 
 _REACH = 3  # widths of a kink that a unit may rest below it and be woken
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
+_RELUS = {F.relu, torch.relu, torch.Tensor.relu}
+_RELUS_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
 
 
 @contextmanager
@@ -218,15 +220,20 @@ class _Rewritten(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        if func in (F.relu, torch.relu) and len(args) == 1:
-            self.entry = args[0].clone() if given.get("inplace") else args[0]
-            self.exit = self._rectify(args[0], bool(given.get("inplace")))
-            return self.exit
+        if func in _RELUS:
+            return self._relu(*args, **given)
+        if func in _RELUS_IN_PLACE:
+            return self._relu(args[0], inplace=True)
         if func is F.batch_norm and not given.get("training"):
             return _batch_norm(*args, **given)
-        if func in _CONVOLUTIONS and not given and not isinstance(args[4], str):
-            return _convolve(*args)
+        if func in _CONVOLUTIONS:
+            return _convolve(func, *args, **given)
         return func(*args, **given)
+
+    def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
+        self.entry = input.clone() if inplace else input
+        self.exit = self._rectify(input, inplace)
+        return self.exit
 
     def _rectify(self, z: Tensor, inplace: bool) -> Tensor:
         if self.width is None or len(z) % len(self.width):
@@ -245,17 +252,27 @@ def _kinks(z: Tensor, width: Tensor) -> Tensor:
 
 
 def _convolve(
-    x: Tensor,
+    func: Callable[..., Tensor],
+    input: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
 ) -> Tensor:
-    settings = (list(stride), list(padding), list(dilation), groups)
-    y = _Convolution.apply(x, weight, x, settings, False)
-    return y if bias is None else y + bias.view(-1, *[1] * (weight.ndim - 2))
+    if isinstance(padding, str) or input.ndim < weight.ndim:
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    dims = weight.ndim - 2
+    settings = (*(_of_each(v, dims) for v in (stride, padding, dilation)), groups)
+    y = _Convolution.apply(input, weight, input, settings, False)
+    return y if bias is None else y + bias.view(-1, *[1] * dims)
+
+
+def _of_each(value: int | Sequence[int], dims: int) -> list[int]:
+    """A setting for each dimension, where one may stand for all."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
 
 
 class _Convolution(torch.autograd.Function):

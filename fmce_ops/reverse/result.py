@@ -14,7 +14,7 @@ class Status(IntEnum):
     REACHED = 1
     """The residual is within the tolerance."""
     NEAREST = 2
-    """No input near x brings the output nearer to the target."""
+    """No input near x is known to bring the output nearer to the target."""
     DAMPED = 3
     """The answer broke a bound; this one is held near x0 by Tikhonov damping."""
     KEPT = 4

@@ -8,6 +8,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -15,6 +16,11 @@ from pydantic import (
 )
 
 from fmce_ops.errors import ParamsError
+
+
+def _listed(value: object) -> object:
+    """A name by itself is a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -31,7 +37,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Margin = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Modules = Annotated[tuple[str, ...], Field(min_length=1)]
+Modules = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_listed)]
 Alphas = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_distinct)]
 Ratios = Annotated[tuple[Fraction, ...], Field(min_length=1), AfterValidator(_distinct)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

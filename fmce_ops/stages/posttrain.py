@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,8 @@ def _publish(
 ) -> None:
     stage = study.stage
     publish(_stores(study), TARGETS)
-    by_arm: dict[str, list[_Outcome]] = {"untouched": [incoming] * study.params.posttrain.seeds}
+    seeds = range(study.params.posttrain.seeds)
+    by_arm: dict[str, list[_Outcome]] = {"untouched": [replace(incoming, seed=s) for s in seeds]}
     for outcome in outcomes:
         by_arm.setdefault(outcome.arm, []).append(outcome)
     gains = {

@@ -194,10 +194,10 @@ def train_span(
     TrainingError
         The loss is not finite.
     """
-    inside, behind = copy.deepcopy(span.inside).to(device).eval(), span.behind.to(device).eval()
+    # Copies of both: what is behind one span is inside the next.
+    inside, behind = (copy.deepcopy(p).to(device).eval() for p in (span.inside, span.behind))
     inside.to(memory_format=torch.channels_last)
-    for parameter in behind.parameters():
-        parameter.requires_grad_(False)
+    behind.requires_grad_(False)
     state = _resume(folder, inside)
     optimizer = torch.optim.AdamW(
         inside.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True

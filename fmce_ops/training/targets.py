@@ -57,11 +57,18 @@ def find_span(modules: Mapping[str, nn.Module], name: str | None) -> Span:
     Raises
     ------
     ModelError
-        There is no such module, the last comes before the first, or the span has no weights.
+        There is no such module, the last comes before the first, the span has no weights, or no
+        module before the head has any.
     """
     names, weighted = list(modules), [known for known in modules if _has_weights(modules[known])]
     if name is None:
-        name = [known for known in names[:-1] if known in weighted][-1]
+        inner = [known for known in names[:-1] if known in weighted]
+        if not inner:
+            raise ModelError(
+                "the network has no module with weights before its head: "
+                f"set posttrain.modules to [{names[-1]}]."
+            )
+        name = inner[-1]
     start, stop = _bounds(names, weighted, name)
     chain = list(modules.values())
     parts = chain[:start], chain[start:stop], chain[stop:]
