@@ -28,7 +28,7 @@ _KINDS = 3
 _LIMIT = 5.0  # standard deviations; what lies farther out is none of what the judge has seen
 _NEAR, _FAR = 2.0, 100.0  # standard deviations that are usual; beyond them no more is counted
 _BASE = 0.1  # distance at which a vote begins to count less
-_FLOOR = 0.05  # of doubt, however much the votes agree
+_FLOOR = 0.02  # of doubt, however much the votes agree
 
 
 @dataclass(frozen=True)
