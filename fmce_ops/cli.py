@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -233,6 +234,12 @@ def score(
     from fmce_ops.stages.score import Asked, score_network, watch_folder
 
     _import_from_here()
+    if model_uri and (network or classes or size):
+        raise typer.BadParameter(
+            "a logged classifier knows --network, --classes and --size: leave them out."
+        )
+    if watch and weights:
+        raise typer.BadParameter("--watch finds its files of weights itself: leave out --weights.")
     modules = tuple(module) if module else None
     asked = Asked(model_uri, network, classes, weights, data, size, images, modules, judge)
 
@@ -242,7 +249,8 @@ def score(
         if watch is None:
             yield score_network(asked, params)
         else:
-            yield from watch_folder(asked, watch, count, params)
+            told = partial(typer.echo, err=True)
+            yield from watch_folder(asked, watch, count, params, told)
 
     try:
         with contextlib.redirect_stdout(sys.stderr):

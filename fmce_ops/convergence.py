@@ -148,7 +148,7 @@ def maturity(
     """How mature a run was at every point: the share of the fall in log loss that was reached.
 
     With l = log S, (l_{E_0} - l_m) / (l_{E_0} - l_{E_K}), kept between 0 and 1: 0 up to E_0, 1 from
-    E_K on. Phase k of K begins where it first reaches k / K.
+    E_K on. Phase k of K begins where it first reaches k / K. 0 throughout where nothing falls.
 
     Parameters
     ----------
@@ -162,7 +162,10 @@ def maturity(
     smoothed = smooth(losses, alpha, method)
     start, end = markers.start - 1, markers.points[-1] - 1
     log_loss = np.log(np.maximum(smoothed, np.finfo(np.float64).tiny))
-    shares = (log_loss[start] - log_loss) / (log_loss[start] - log_loss[end])
+    fall = log_loss[start] - log_loss[end]
+    if fall <= 0:
+        return np.zeros(len(log_loss))
+    shares = (log_loss[start] - log_loss) / fall
     shares[: start + 1], shares[end:] = 0.0, 1.0
     return np.clip(shares, 0.0, 1.0)
 

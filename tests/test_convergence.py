@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from fmce_ops.convergence import ConvergenceMonitor, cqi, epoch_markers, smooth
+from fmce_ops.convergence import ConvergenceMonitor, cqi, epoch_markers, maturity, smooth
 from fmce_ops.errors import MarkerError
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -381,3 +381,8 @@ def test_the_monitor_refuses_what_is_not_finite_and_keeps_what_it_had(bad):
     with pytest.raises(MarkerError, match="lower the learning rate"):
         monitor.update(bad)
     assert monitor.update(0.5) == cqi([2, 1, 0.5])[-1]
+
+
+def test_a_run_whose_loss_never_falls_is_never_mature():
+    losses = [math.log(10)] * 20
+    assert maturity(losses, epoch_markers(losses, 1)).tolist() == [0.0] * 20

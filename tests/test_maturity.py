@@ -161,7 +161,7 @@ class TestModules:
         network = models.resnet18(weights=None)
         images = torch.rand(2, 3, 64, 64)
         found = find_modules(network, images)
-        assert found[0].end == "maxpool"
+        assert found[0].parts[-1] == "maxpool"
         assert module_maps(network, images, found)[0].shape == (2, 64, 16, 16)
 
     def test_a_classifier_of_this_project_shows_its_backbone(self) -> None:
@@ -184,9 +184,73 @@ class TestModules:
         network = models.resnet18(weights=None)
         images = torch.zeros(1, 3, 64, 64)
         (found,) = find_modules(network, images, ["layer2.0.conv1"])
-        assert (found.name, found.end) == ("layer2.0.conv1", "layer2.0.conv1")
+        assert found.parts == ("layer2.0.conv1",)
         with pytest.raises(ModelError, match=r"no submodule 'layr2'.*layer2"):
             find_modules(network, images, ["layr2"])
+
+    def test_a_shared_activation_and_pool_belong_to_each_module_in_turn(self) -> None:
+        class Shared(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+                self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.pool(self.relu(self.first(x)))
+                return self.pool(self.relu(self.second(x))).flatten(1)
+
+        network, images = Shared(), torch.rand(2, 3, 16, 16)
+        found = find_modules(network, images)
+        assert [m.parts for m in found] == [(n, "relu", "pool") for n in ("first", "second")]
+        made = module_maps(network, images, found)
+        with torch.no_grad():
+            first = network.pool(network.first(images).relu())
+            second = network.pool(network.second(first).relu())
+        assert torch.equal(made[0], first) and torch.equal(made[1], second)
+
+    def test_of_a_module_that_runs_again_the_last_map_is_taken(self) -> None:
+        class Again(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.body, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.stem(x)
+                for _ in range(2):
+                    x = self.relu(self.body(x))
+                return x.mean((2, 3))
+
+        network, images = Again(), torch.rand(2, 3, 8, 8)
+        found = find_modules(network, images)
+        assert [module.parts for module in found] == [("stem",), ("body", "relu")]
+        last = module_maps(network, images, found)[1]
+        assert torch.equal(last.mean((2, 3)), network(images))
+
+    def test_blocks_in_a_list_are_modules_like_those_beside_it(self) -> None:
+        class Blocks(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+                self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1)) for _ in range(3))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.stem(x)
+                for block in self.blocks:
+                    x = x + block(x)
+                return x.mean((2, 3))
+
+        found = find_modules(Blocks(), torch.zeros(1, 3, 8, 8))
+        assert [module.name for module in found] == ["stem", "blocks.0", "blocks.1", "blocks.2"]
+
+    def test_what_comes_behind_the_last_pooling_belongs_to_no_module(self) -> None:
+        layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Dropout()]
+        network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2))
+        (found,) = find_modules(network, torch.zeros(1, 3, 8, 8))
+        assert found.parts == ("0", "1")
+
+    def test_images_that_the_network_cannot_take_are_refused(self) -> None:
+        with pytest.raises(ModelError, match=r"cannot take images \(1, 3, 8, 8\).*channels"):
+            find_modules(nn.Conv2d(1, 4, 3), torch.zeros(2, 3, 8, 8))
 
     def test_a_network_without_maps_is_refused(self) -> None:
         network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))

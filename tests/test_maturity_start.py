@@ -137,15 +137,47 @@ class Choosy(nn.Conv2d):
             raise TypeError("say how")
 
 
+def test_weights_that_drawing_replaced_are_put_back() -> None:
+    class Replacing(nn.Linear):
+        def reset_parameters(self) -> None:
+            self.weight = nn.Parameter(torch.rand(self.out_features, self.in_features))
+
+    model = nn.Sequential(Replacing(3, 2, bias=False))
+    own, values = model[0].weight, model[0].weight.detach().clone()
+    with restarted(model) as possible:
+        assert possible and not torch.equal(model[0].weight, values)
+    assert model[0].weight is own and torch.equal(own, values)
+
+
+def test_a_frozen_module_is_named_though_its_activation_is_shared() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU()
+            self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.relu(self.second(self.relu(self.first(x)))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, fresh = Shared(), Shared()
+    assert found(model, fresh) == ["first", "second"]
+    model.first.requires_grad_(False)
+    assert found(trained(model, 20, 1e-2), fresh) == ["first"]
+
+
 def test_a_network_that_cannot_draw_its_weights_stays_as_it_is() -> None:
     convolution = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        of_old = torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU())
     bare.register_parameter("free", nn.Parameter(torch.ones(2)))
     choosy = nn.Sequential(nn.Conv2d(3, 4, 3), Choosy(4, 4, 3))
     choosy[1].ready = True
     with torch.inference_mode():
         inferring = nn.Conv2d(3, 4, 3)
-    for model in (nn.Sequential(convolution), bare, choosy, inferring):
+    for model in (nn.Sequential(convolution), nn.Sequential(of_old), bare, choosy, inferring):
         before = [p.clone() for p in model.parameters()]
         with restarted(model) as possible:
             assert not possible

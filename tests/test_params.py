@@ -80,6 +80,7 @@ def test_where_nothing_is_near_the_known_keys_are_listed(tmp_path):
         ("fmce", "test", 0),
         ("fmce", "validation", 1),
         ("fmce", "seed", -1),
+        ("study", "images", 15),
         ("posttrain", "margin", -1),
         ("posttrain", "margin", 1e7),
         ("posttrain", "margin", math.nan),

@@ -1,10 +1,12 @@
 """What a user does to score networks: the command, the monitor, Lightning."""
 
 import json
+import os
 import pickle
 import shutil
 import threading
 import time
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def test_a_logged_classifier_is_scored_on_the_images_of_the_project(project: Pat
     assert any(f.path.endswith(".png") for f in store.list_artifacts(run.info.run_id, "figures"))
 
 
-@pytest.mark.parametrize("form", ["pt", "wrapped", "safetensors"])
+@pytest.mark.parametrize("form", ["pt", "wrapped", "parallel", "safetensors"])
 def test_any_network_is_scored_from_its_weights_and_a_folder_of_pictures(
     tmp_path: Path, pictures: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +83,9 @@ def test_any_network_is_scored_from_its_weights_and_a_folder_of_pictures(
         save_weights(weights, network.state_dict(), {})
     else:
         state = network.state_dict()
-        torch.save({"state_dict": state} if form == "wrapped" else state, weights)
+        behind = {f"module._orig_mod.{name}": value for name, value in state.items()}
+        forms = {"pt": state, "wrapped": {"state_dict": state}}
+        torch.save(forms.get(form, {"model_state_dict": behind}), weights)
     asked = Asked(network=NETWORK, classes=7, weights=weights, data=pictures, size=32)
     found = score_network(asked, Path("params.yaml"))
     assert list(found.modules) == MODULES and found.images == 20
@@ -160,9 +164,45 @@ def test_what_is_wrong_is_said_in_one_sentence(
     assert not (tmp_path / "ran").exists()
 
 
+def test_watching_passes_over_what_is_no_checkpoint(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    network = models.get_model(NETWORK, weights=None)
+    torch.save({"lr": 0.1}, folder / "a-optimizer.pt")
+    (folder / "b-text.pt").write_text("hello world")
+    (folder / "c-nowhere.pt").symlink_to("nowhere")
+    broken = {name: value.clone() for name, value in network.state_dict().items()}
+    broken["conv1.0.weight"].fill_(torch.nan)
+    torch.save(broken, folder / "d-nan.pt")
+    torch.save(network.state_dict(), folder / "e-good.pt")
+    for file in folder.iterdir():
+        if file.exists():
+            os.utime(file, (1e9, 1e9))
+    told: list[str] = []
+    asked = Asked(network=NETWORK, data=pictures, size=32)
+    (found,) = watch_folder(asked, folder, 1, Path("params.yaml"), told.append)
+    assert Path(found.network).name == "e-good.pt"
+    names = [Path(line.partition(" is passed over: ")[0]).name for line in told]
+    assert names == ["a-optimizer.pt", "b-text.pt", "d-nan.pt"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model-uri", "models:/x@champion", "--size", "64"],
+        ["--network", NETWORK, "--watch", ".", "--weights", "net.pt"],
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(tmp_path: Path, words: list[str]) -> None:
+    assert "leave" in fmce_ops(tmp_path, "score", *words, code=2).stderr
+
+
 def test_a_folder_that_is_not_there_cannot_be_watched(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder"):
-        next(watch_folder(Asked(), tmp_path / "nowhere", 1, Path("params.yaml")))
+        next(watch_folder(Asked(), tmp_path / "nowhere", 1, Path("params.yaml"), print))
 
 
 def test_the_monitor_logs_to_the_run_that_is_active(tmp_path: Path) -> None:
@@ -178,6 +218,20 @@ def test_the_monitor_logs_to_the_run_that_is_active(tmp_path: Path) -> None:
     assert found == outside == score(network, images, ["stage2", "conv5"])
     history = MlflowClient().get_metric_history(run.info.run_id, "maturity/stage2")
     assert [metric.step for metric in history] == [0, 1, 2]
+
+
+def test_the_monitor_warns_and_lets_the_training_go_on(tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_experiment("odd names")
+    network = nn.Sequential(OrderedDict({"conv(1)": nn.Conv2d(3, 4, 3), "relu": nn.ReLU()}))
+    monitor = MaturityMonitor(torch.rand(16, 3, 8, 8, dtype=torch.float64))
+    with mlflow.start_run() as run:
+        assert list(monitor.update(network.to(torch.bfloat16), 0)) == ["conv(1)"]
+        with torch.no_grad():
+            network[0].weight.fill_(torch.nan)
+        with pytest.warns(UserWarning, match="no maturity at step 1: .* not finite"):
+            assert monitor.update(network, 1) == {}
+    assert len(MlflowClient().get_metric_history(run.info.run_id, "maturity/conv_1_")) == 1
 
 
 def test_lightning_logs_maturity_at_the_end_of_each_epoch(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -17,19 +18,34 @@ class FunctionalModule:
 
     Attributes
     ----------
-    name : of the submodule that has the weights.
-    end : of the submodule behind it whose output is the map: a norm, an activation, a pooling.
+    parts : names of submodules in the order in which they run: first the one that has the weights,
+        then what belongs to it, a norm, an activation, a pooling. The output of the last is the
+        map.
+    call : which of that submodule's calls makes it, where several share the submodule.
     """
 
-    name: str
-    end: str
+    parts: tuple[str, ...]
+    call: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the submodule that has the weights."""
+        return self.parts[0]
 
 
 @dataclass(frozen=True)
-class _Output:
+class _Map:
+    """What a submodule made in one of its calls.
+
+    Attributes
+    ----------
+    weighted : whether it has weights of more than one dimension: no norm, no activation.
+    """
+
     name: str
+    call: int
     shape: tuple[int, ...]
-    weighted: bool  # whether it has weights of more than one dimension: no norm, no activation
+    weighted: bool
 
 
 def find_modules(
@@ -38,7 +54,8 @@ def find_modules(
     """The functional modules of ``network`` in the order in which they run.
 
     The outermost submodules with weights whose output is a map; what follows one without weights
-    of its own belongs to it, except the pooling that ends the maps.
+    of its own belongs to it, except the pooling that ends the maps and what comes behind that. Of
+    one that runs several times the last is meant.
 
     Parameters
     ----------
@@ -48,21 +65,23 @@ def find_modules(
     Raises
     ------
     ModelError
-        A name is not among the submodules that give a map, none is found, or the network works on
-        tokens.
+        A name is not among the submodules that give a map, none is found, the network cannot take
+        the images, or it works on tokens.
     """
-    outputs = _outputs(network, images[:1])
+    maps = _maps(network, images[:1])
     if names is not None:
-        return [_named(name, outputs) for name in names]
+        return [_named(name, maps) for name in ([names] if isinstance(names, str) else names)]
     found: list[FunctionalModule] = []
     side = 0
-    for output in _outermost(outputs):
-        pooled = output.shape[2:] == (1, 1) and side > 1
-        if output.weighted:
-            found.append(FunctionalModule(output.name, output.name))
-        elif found and not pooled:
-            found[-1] = FunctionalModule(found[-1].name, output.name)
-        side = max(output.shape[2:])
+    for made in _outermost(maps):
+        if made.weighted:
+            found = [module for module in found if module.name != made.name]
+            found.append(FunctionalModule((made.name,), made.call))
+        elif not found or (made.shape[2:] == (1, 1) and side > 1):
+            continue
+        else:
+            found[-1] = FunctionalModule((*found[-1].parts, made.name), made.call)
+        side = max(made.shape[2:])
     if not found:
         raise ModelError(
             f"{type(network).__name__} has no submodule with weights that makes a feature map "
@@ -91,37 +110,48 @@ def module_maps(
 
     The network is in its former mode afterwards.
     """
-    ends = {module.end for module in modules}
-    made: dict[str, Tensor] = {}
+    ends = [(module.parts[-1], module.call) for module in modules]
+    made: dict[tuple[str, int], Tensor] = {}
 
-    def keep(end: str, output: Any) -> None:
-        if end in ends and isinstance(output, Tensor):
-            made[end] = output.clone()  # a later layer may work in place
+    def keep(name: str, call: int, output: Any) -> None:
+        if (name, call) in ends and isinstance(output, Tensor):
+            made[name, call] = output.clone()  # a later layer may work in place
 
     with _hooked(network, keep):
         network(images)
-    return [made[module.end] for module in modules]
+    return [made[end] for end in ends]
 
 
-def _outputs(network: nn.Module, images: Tensor) -> dict[str, _Output]:
-    found: dict[str, _Output] = {}
+def _maps(network: nn.Module, images: Tensor) -> list[_Map]:
+    """All feature maps that submodules make, in their order."""
+    found: list[_Map] = []
 
-    def keep(name: str, output: Any) -> None:
+    def keep(name: str, call: int, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == len(images):
             weighted = any(w.ndim > 1 for w in network.get_submodule(name).parameters())
-            found[name] = _Output(name, tuple(output.shape), weighted)
+            found.append(_Map(name, call, tuple(output.shape), weighted))
 
     with torch.no_grad(), _hooked(network, keep):
-        network(images)
+        try:
+            network(images)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the network's own code makes of them
+            reason = str(error).strip().split("\n")[0]
+            raise ModelError(
+                f"{type(network).__name__} cannot take images {tuple(images.shape)} of "
+                f"{images.dtype} ({reason}): give images of the shape that it was made for."
+            ) from error
     return found
 
 
 @contextmanager
 def _hooked(network: nn.Module, keep: Any) -> Any:
-    """Tell ``keep`` the name and the output of every submodule that runs, in evaluation mode."""
+    """Tell ``keep`` the name, the call and the output of all that runs, in evaluation mode."""
 
     def hook(name: str) -> Any:
-        return lambda module, inputs, output: keep(name, output)
+        calls = count()
+        return lambda module, inputs, output: keep(name, next(calls), output)
 
     named = [(name, module) for name, module in network.named_modules() if name]
     handles = [module.register_forward_hook(hook(name)) for name, module in named]
@@ -136,27 +166,30 @@ def _hooked(network: nn.Module, keep: Any) -> Any:
             module.training = mode
 
 
-def _named(name: str, outputs: dict[str, _Output]) -> FunctionalModule:
-    if name not in outputs:
-        known = [output.name for output in _outermost(outputs)]
+def _named(name: str, maps: Sequence[_Map]) -> FunctionalModule:
+    calls = [made.call for made in maps if made.name == name]
+    if not calls:
+        known = dict.fromkeys(made.name for made in _outermost(maps))
         raise ModelError(
             f"there is no submodule {name!r} that makes a feature map: "
             f"choose among {', '.join(known) or 'those of another network'}."
         )
-    return FunctionalModule(name, name)
+    return FunctionalModule((name,), calls[-1])
 
 
-def _outermost(outputs: dict[str, _Output]) -> list[_Output]:
-    """Those that lie in no other, seen past containers that hold all the rest."""
-    prefix = ""
-    while True:
-        inner = [output for name, output in outputs.items() if name.startswith(prefix)]
-        depth = min((output.name.count(".") for output in inner), default=0)
-        top = [output for output in inner if output.name.count(".") == depth]
-        weighted = [output for output in top if output.weighted]
-        if len(weighted) != 1 or len(inner) == len(top):
-            return top
-        (body,) = weighted
-        if not any(name.startswith(f"{body.name}.") for name in outputs):
-            return top
-        prefix = f"{body.name}."
+def _outermost(maps: Sequence[_Map], body: str = "") -> list[_Map]:
+    """Those that are made within no other, seen past a submodule that makes all the rest."""
+    inner = [made for made in maps if made.name.startswith(body)]
+    names = {made.name for made in inner}
+    top = [made for made in inner if names.isdisjoint(_holders(made.name))]
+    weighted = {made.name for made in top if made.weighted}
+    if len(weighted) == 1:
+        prefix = f"{weighted.pop()}."
+        if any(name.startswith(prefix) for name in names):
+            return _outermost(maps, prefix)
+    return top
+
+
+def _holders(name: str) -> list[str]:
+    """Names of the modules that hold a submodule."""
+    return list(accumulate(name.split("."), lambda holder, part: f"{holder}.{part}"))[:-1]

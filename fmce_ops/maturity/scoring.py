@@ -10,7 +10,7 @@ from fmce_ops.maturity.descriptors import DESCRIPTORS, describe, describe_views
 from fmce_ops.maturity.judge import FEW, Judge, Score, depths, load_judge, reading
 from fmce_ops.maturity.modules import FunctionalModule, find_modules, module_maps
 from fmce_ops.maturity.start import restarted
-from fmce_ops.maturity.views import views
+from fmce_ops.maturity.views import VIEWS, views
 
 _AT_ONCE = 256  # images whose maps are in memory together
 
@@ -29,7 +29,7 @@ def score(
     Parameters
     ----------
     network : makes feature maps (N, C, h, w) somewhere inside; run in evaluation mode.
-    images : (N, 3, H, W), as the network takes them, on any device. More images give a narrower
+    images : (N, C, H, W), as the network takes them, on any device. More images give a narrower
         interval, up to 256; of more, the mean over whole parts of 256 is taken, and what is left
         over is not read. Fewer than 16 are shown to the network altered, too.
     modules : names of submodules; None: all functional modules, first to last.
@@ -44,12 +44,12 @@ def score(
     ------
     ModelError
         A name is not that of a submodule with a feature map, a map is not finite, there are no
-        images, or the network works on tokens.
+        images or none that the network can take, or it works on tokens.
     """
     if not len(images):
         raise ModelError("there are no images to score with: give at least one.")
     judge = judge or load_judge()
-    images = images.to(next(network.parameters(), images).device)
+    network, images = _ready(network, images)
     every, found, wanted = _modules(network, images, modules)
     start = start_of(network, images, modules) if start is None else start
     places = [wanted.index(module) for module in found]
@@ -74,12 +74,18 @@ def start_of(network: nn.Module, images: Tensor, modules: Sequence[str] | None =
         Of all functional modules, and of those named that are not among them; NaN where the
         network cannot be made anew.
     """
-    images = images.to(next(network.parameters(), images).device)
+    network, images = _ready(network, images)
     *_, wanted = _modules(network, images, modules)
     with restarted(network) as possible:
         if possible:
             return _read(network, bags(images)[0], wanted)
     return torch.full((len(wanted), DESCRIPTORS), torch.nan)
+
+
+def _ready(network: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """The network behind `torch.compile`, and the images where and as its weights are."""
+    weights = (parameter for parameter in network.parameters() if parameter.is_floating_point())
+    return getattr(network, "_orig_mod", network), images.to(next(weights, images))
 
 
 def _modules(
@@ -100,10 +106,13 @@ def _read(network: nn.Module, images: Tensor, modules: Sequence[FunctionalModule
     """Descriptors of the maps of each module: (M, DESCRIPTORS)."""
     if len(images) >= FEW:
         return torch.stack([describe(made).cpu() for made in module_maps(network, images, modules)])
-    seen = views(images)
-    maps = module_maps(network, seen.flatten(0, 1), modules)
-    each = [describe_views(made.unflatten(0, seen.shape[:2])) for made in maps]
-    return torch.stack([rows.mean(0).cpu() for rows in each])
+    rows = []
+    for seen in views(images).split(_AT_ONCE // VIEWS):
+        maps = module_maps(network, seen.flatten(0, 1), modules)
+        rows.append(
+            torch.stack([describe_views(made.unflatten(0, seen.shape[:2])).cpu() for made in maps])
+        )
+    return torch.cat(rows, dim=1).mean(1)
 
 
 def next_to_train(scores: dict[str, Score], untrained: Collection[str] = ()) -> str:

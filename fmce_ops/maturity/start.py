@@ -26,18 +26,37 @@ def restarted(network: nn.Module) -> Iterator[bool]:
     """
     holders = [m for m in network.modules() if any(True for _ in m.parameters(recurse=False))]
     draws = [d for m in holders if callable(d := getattr(m, "reset_parameters", None))]
-    tensors = [*network.parameters(), *network.buffers()]
-    fixed = any(map(is_parametrized, network.modules())) or any(t.is_inference() for t in tensors)
+    own = [
+        (module, name, tensor)
+        for module in network.modules()
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        )
+    ]
+    fixed = any(map(is_parametrized, network.modules())) or any(t.is_inference() for *_, t in own)
     if fixed or len(draws) < len(holders):
         yield False
         return
-    kept = [tensor.detach().clone() for tensor in tensors]
+    kept = [tensor.detach().clone() for *_, tensor in own]
     try:
-        yield _drawn(draws, tensors)
+        yield _drawn(draws, [t for *_, t in own]) and _anew(own, kept)
     finally:
         with torch.no_grad():
-            for tensor, own in zip(tensors, kept, strict=True):
-                tensor.copy_(own)
+            for (module, name, tensor), values in zip(own, kept, strict=True):
+                tensor.copy_(values)
+                if getattr(module, name) is not tensor:  # drawing put another in its place
+                    setattr(module, name, tensor)
+
+
+def _anew(own: Sequence[tuple[nn.Module, str, Tensor]], kept: Sequence[Tensor]) -> bool:
+    """Whether all weights were drawn: not where they are made of others, as by weight_norm."""
+    return not any(
+        isinstance(tensor, nn.Parameter)
+        and (values != values.flatten()[:1]).any()
+        and torch.equal(getattr(module, name), values)
+        for (module, name, tensor), values in zip(own, kept, strict=True)
+    )
 
 
 def _drawn(draws: Sequence[Callable[[], object]], tensors: Sequence[Tensor]) -> bool:
@@ -89,12 +108,10 @@ def untrained(
 
 
 def _weights(network: nn.Module, module: FunctionalModule) -> Iterator[str]:
-    """Names of the parameters from the module to its end."""
-    order = [name for name, _ in network.named_modules() if name]
-    between = order[order.index(module.name) : order.index(module.end) + 1]
+    """Names of the parameters of all of its parts."""
+    within = tuple(f"{part}." for part in module.parts)
     for name, _ in network.named_parameters():
-        owner = name.rpartition(".")[0]
-        if owner in between or owner.startswith((f"{module.name}.", f"{module.end}.")):
+        if name.startswith(within):
             yield name
 
 

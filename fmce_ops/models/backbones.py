@@ -193,6 +193,11 @@ def _from_factory(name: str, classes: int | None) -> nn.Module:
             f"The backbone {name!r} could not be made ({error}): "
             "give a function that takes num_classes."
         ) from error
+    except Exception as error:  # whatever the factory's own code makes of it
+        raise ModelError(
+            f"The backbone {name!r} could not be made ({type(error).__name__}: {error}): "
+            "see to its factory."
+        ) from error
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"The backbone {name!r} made a {type(network).__name__}: return a torch.nn.Module."

@@ -1,7 +1,6 @@
 """Weights on disk: safetensors, whole or not at all, the same bytes for the same content."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,7 +67,8 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     """Load weights that anyone saved: safetensors, or a ``state_dict`` that torch saved.
 
     Nothing in the file is executed. A dictionary may hold the weights beneath ``state_dict``,
-    ``model`` or ``network``.
+    ``model_state_dict``, ``model``, ``network`` or ``net``, and wrappers such as DataParallel,
+    torch.compile and Lightning may have put a name in front of all.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
         The file is missing or damaged, holds more than tensors and plain values, or does not fit.
     """
     if path.suffix == ".safetensors":
-        load_into(module, path)
+        _load(module, _unwrapped(load_weights(path)[0], module), path)
         return
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,12 +84,12 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
         raise ModelError(
             f"{path} cannot be opened ({error.strerror}): give a file of weights."
         ) from error
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load says of a damaged file whatever comes to its mind
         raise ModelError(
             f"{path} cannot be read as plain weights ({type(error).__name__}): save the network's "
             "state_dict."
         ) from error
-    for key in ("state_dict", "model", "network"):
+    for key in ("state_dict", "model_state_dict", "model", "network", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -97,14 +97,27 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
             f"{path} holds a {type(state).__name__} that is not one of weights alone: save the "
             "network's state_dict."
         )
-    _load(module, state, path)
+    _load(module, _unwrapped(state, module), path)
+
+
+def _unwrapped(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Without the names that stand in front of all, and of no weight of the module."""
+    own = {str(name).partition(".")[0] for name in module.state_dict()}
+    while len(first := {str(name).partition(".")[0] for name in state}) == 1 and not first <= own:
+        state = {str(name).partition(".")[2]: value for name, value in state.items()}
+    return state
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load a whole ``state_dict`` of ``path``; the error names the first weight that is amiss."""
     wanted = module.state_dict()
     names = dict.fromkeys([*wanted, *state])
-    misfits = [name for name in names if _shape(state, name) != _shape(wanted, name)]
+    misfits = [
+        name
+        for name in names
+        if _shape(state, name) != _shape(wanted, name)
+        and not (name not in state and name.endswith("num_batches_tracked"))
+    ]
     if misfits:
         first = misfits[0]
         raise ModelError(

@@ -174,7 +174,7 @@ class PathwaysParams(Section):
 class StudyParams(Section):
     """What is described of each run of ``maturity.runs``."""
 
-    images: Annotated[int, Field(ge=2)] = 256  # of training
+    images: Annotated[int, Field(ge=16)] = 256  # of training; fewer are no example of many
     checkpoints: Annotated[int, Field(ge=2)] = 12  # of a run at most
     seed: Seed = 0  # draws the images
 

@@ -1,9 +1,9 @@
 """Score the modules of a network that anybody trained, or that is being trained."""
 
+import contextlib
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def score_network(asked: Asked, params_file: Path) -> Scored:
     judge, subject = _judge(asked), _subject(asked, params_file)
     if asked.weights is not None:
         load_checkpoint(subject.network, asked.weights)
-    name = str(asked.weights or asked.model_uri or asked.network)
+    name = str(asked.weights or asked.model_uri or asked.network or "a fresh network")
     found = _scored(name, subject, asked, judge)
     with _recorded(asked, name) as run:
         _record(run, found, 1)
@@ -107,11 +107,16 @@ def score_network(asked: Asked, params_file: Path) -> Scored:
 
 
 def watch_folder(
-    asked: Asked, folder: Path, count: int | None, params_file: Path
+    asked: Asked,
+    folder: Path,
+    count: int | None,
+    params_file: Path,
+    skipped: Callable[[str], None],
 ) -> Iterator[Scored]:
     """Score each file of weights as it appears in ``folder``, in the order of their times.
 
-    All are steps of one run. A file that cannot be read yet is tried again when it has changed.
+    All are steps of one run. A file that cannot be scored is told to ``skipped`` once it has had
+    the time to be written, and tried again when it has changed.
 
     Parameters
     ----------
@@ -127,13 +132,14 @@ def watch_folder(
             for file in _new_files(folder, seen):
                 try:
                     load_checkpoint(subject.network, file)
-                except ModelError:
+                    found = _scored(str(file), subject, asked, judge)
+                except ModelError as error:
                     if time.time_ns() - seen[file] > 10 * _POLL * 1e9:
-                        raise  # it has had the time to be written
-                    del seen[file]
+                        skipped(f"{file} is passed over: {error}")
+                    else:
+                        del seen[file]
                     continue
                 step += 1
-                found = _scored(str(file), subject, asked, judge)
                 _record(run, found, step)
                 yield found
                 if step == count:
@@ -143,7 +149,11 @@ def watch_folder(
 
 def _new_files(folder: Path, seen: dict[Path, int]) -> list[Path]:
     """Weights that were written since they were last seen; ``seen`` is brought up to date."""
-    times = {f: f.stat().st_mtime_ns for f in folder.iterdir() if f.suffix in _SUFFIXES}
+    times = {}
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # gone already, or a link to nowhere
+            if file.suffix in _SUFFIXES:
+                times[file] = file.stat().st_mtime_ns
     fresh = [file for file, changed in times.items() if seen.get(file) != changed]
     seen.update(times)
     return sorted(fresh, key=lambda file: (times[file], file.name))
@@ -195,6 +205,8 @@ def _subject(asked: Asked, params_file: Path) -> _Subject:
 def _pixels(asked: Asked, size: int) -> tuple[Tensor, Sequence[float], Sequence[float]]:
     """Images drawn at random, uint8 (n, c, s, s), and the statistics of their channels."""
     source = asked.data or IMAGES
+    if asked.data and not source.exists():
+        raise DataError(f"{source} is missing: give a folder of pictures, or a file of 'prepare'.")
     if source.is_dir():
         pixels = read_pictures(source, size, asked.images)
         values = pixels.float().transpose(0, 1).flatten(1) / 255
@@ -213,7 +225,7 @@ def _scored(name: str, subject: _Subject, asked: Asked, judge: Judge) -> Scored:
     return Scored(name, read, found, at_start, next_to_train(found, at_start))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _recorded(asked: Asked, name: str) -> Iterator[Run]:
     told = {key: str(value) for key, value in asdict(asked).items() if value is not None}
     tags = {"fmce.stage": "score", "fmce.backbone": asked.network or "", "fmce.scored": name}

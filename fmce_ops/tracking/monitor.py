@@ -1,5 +1,7 @@
 """Maturity of modules in anyone's training loop, logged to the active MLflow run."""
 
+import re
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -7,14 +9,18 @@ from typing import Any
 import mlflow
 from torch import Tensor, nn
 
-from fmce_ops.errors import TrackingError
+from fmce_ops.errors import ModelError, TrackingError
 from fmce_ops.maturity import Judge, Score, load_judge, score, start_of
+
+_SIGN = re.compile(r"[^\w.\- /]", re.ASCII)  # what the name of a metric may not hold
 
 
 class MaturityMonitor:
     """Scores the modules of one network while it trains.
 
-    What is read of the network's random start is read once, so that a later score costs half.
+    What is read of the network's random start is read once, so that a later score costs half. A
+    network that cannot be scored, such as one whose weights are not finite, is warned of, and the
+    training goes on.
 
     Parameters
     ----------
@@ -39,18 +45,25 @@ class MaturityMonitor:
         self._start: Tensor | None = None
 
     def update(self, network: nn.Module, step: int) -> dict[str, Score]:
-        """The scores now; also ``maturity/<module>`` of the active MLflow run, if there is one."""
-        if self._start is None:
-            self._start = start_of(network, self._images, self._modules)
-        found = score(network, self._images, self._modules, judge=self._judge, start=self._start)
+        """The scores now; also ``maturity/<module>`` of the active MLflow run, if there is one.
+
+        Empty where the network cannot be scored.
+        """
+        asked = network, self._images, self._modules
+        try:
+            self._start = start_of(*asked) if self._start is None else self._start
+            found = score(*asked, judge=self._judge, start=self._start)
+        except ModelError as error:
+            warnings.warn(f"no maturity at step {step}: {error}", stacklevel=2)
+            return {}
         if mlflow.active_run():
             mlflow.log_metrics(named(found), step=step)
         return found
 
 
 def named(scores: dict[str, Score]) -> dict[str, float]:
-    """Scores under the names of metrics, ``maturity/<module>``."""
-    return {f"maturity/{module}": score.value for module, score in scores.items()}
+    """Scores under the names of metrics, ``maturity/<module>``; MLflow knows no other signs."""
+    return {f"maturity/{_SIGN.sub('_', module)}": score.value for module, score in scores.items()}
 
 
 def lightning_callback(monitor: MaturityMonitor) -> Any:

@@ -180,7 +180,7 @@ def tracked(
             mlflow.log_params(flatten(params))
             run.tags({**tags, **_git_tags()})
             yield run
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):  # the latter where it came between two results
         status, failure = RunStatus.KILLED, "interrupted"
         raise
     except MlflowException as error:
