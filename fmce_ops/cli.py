@@ -1,6 +1,7 @@
 """The command line: parse, call one stage or service, show. ``fmce-ops --help`` tells the rest."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -70,13 +72,22 @@ def _run_stage(name: str, *arguments: str) -> None:
     params = load_params(Path("params.yaml"))
     try:
         with _progress() as progress:
-            import_module(f"fmce_ops.stages.{name}").run(params, progress, *arguments)
+            _stage(name).run(params, progress, *arguments)
     except KeyboardInterrupt:
         typer.echo(
             "stopped; what was done is kept: run the same command again to go on from there.",
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _stage(name: str) -> ModuleType:
+    """Its module; nobody looks for garbage among the many objects that importing it makes."""
+    gc.disable()
+    try:
+        return import_module(f"fmce_ops.stages.{name}")
+    finally:
+        gc.enable()
 
 
 def _import_from_here() -> None:

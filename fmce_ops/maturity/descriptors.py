@@ -161,8 +161,24 @@ def _between(maps: Tensor) -> Tensor:
     variance = rest.square().sum(2).mean(1)
     total = (power - mean.square().sum(dim=(1, 2))).clamp_min(_TINY)
     shares = torch.stack([variance / energy, variance / total], dim=1)
-    parts = _directions(rest), _neighbours(rest), _groups(rest), _selectivity(pooled)
+    energies, places = _turned(rest)
+    parts = _directions(energies), _neighbours(places), _groups(places), _selectivity(pooled)
     return torch.cat([shares, *parts], dim=1)
+
+
+def _turned(rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies along the directions of (g, N, C), greatest first, and the points turned into them.
+
+    Where there are more channels than points, all that lies between these is in N directions, and
+    is found there with less work.
+    """
+    few = rest.shape[1] < rest.shape[2]
+    gram = (rest @ rest.mT if few else rest.mT @ rest).double()
+    if not few:
+        return torch.linalg.eigvalsh(gram).clamp_min(0).flip(1).float(), rest
+    energies, directions = torch.linalg.eigh(gram)
+    energies = energies.clamp_min(0)
+    return energies.flip(1).float(), (directions * energies.sqrt()[:, None]).float()
 
 
 def _checked(maps: Tensor) -> Tensor:
@@ -217,10 +233,8 @@ def _spectrum(maps: Tensor) -> Iterator[Tensor]:
         yield ratio.log() / math.log(max(directions, 2))
 
 
-def _directions(rest: Tensor) -> Tensor:
-    """Spectrum of centred vectors (g, N, C): log effective rank, participation, energy shares."""
-    gram = rest @ rest.mT if rest.shape[1] < rest.shape[2] else rest.mT @ rest
-    energies = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(1).float()
+def _directions(energies: Tensor) -> Tensor:
+    """Of a spectrum (g, ·), greatest first: log effective rank, participation, energy shares."""
     shares = energies / energies.sum(1, keepdim=True).clamp_min(_TINY)
     entropy = torch.special.entr(shares).sum(1)
     participation = -shares.square().sum(1).clamp_min(_TINY).log()
