@@ -137,6 +137,14 @@ class Choosy(nn.Conv2d):
             raise TypeError("say how")
 
 
+def test_statistics_of_norms_without_weights_start_anew_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+    own = model[1].running_mean.add_(3).clone()
+    with restarted(model) as possible:
+        assert possible and not model[1].running_mean.any()
+    assert torch.equal(model[1].running_mean, own)
+
+
 def test_weights_that_drawing_replaced_are_put_back() -> None:
     class Replacing(nn.Linear):
         def reset_parameters(self) -> None:

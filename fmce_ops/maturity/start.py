@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import exp, lgamma
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ def restarted(network: nn.Module) -> Iterator[bool]:
     used. Nothing is copied but weights, so that it serves within any trainer. The state of the
     random numbers is left as it is.
     """
-    holders = [m for m in network.modules() if any(True for _ in m.parameters(recurse=False))]
-    draws = [d for m in holders if callable(d := getattr(m, "reset_parameters", None))]
+    holders = {m for m in network.modules() if any(True for _ in m.parameters(recurse=False))}
+    able = [m for m in network.modules() if callable(getattr(m, "reset_parameters", None))]
+    draws = [cast(Callable[[], object], m.reset_parameters) for m in able]  # of buffers, too
     own = [
         (module, name, tensor)
         for module in network.modules()
@@ -35,7 +37,7 @@ def restarted(network: nn.Module) -> Iterator[bool]:
         )
     ]
     fixed = any(map(is_parametrized, network.modules())) or any(t.is_inference() for *_, t in own)
-    if fixed or len(draws) < len(holders):
+    if fixed or not holders <= set(able):
         yield False
         return
     kept = [tensor.detach().clone() for *_, tensor in own]
