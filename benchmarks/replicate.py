@@ -48,6 +48,7 @@ from fmce_ops.errors import (
     DataError,
     DiskError,
     FmceError,
+    MarkerError,
     ModelError,
     ParamsError,
     ShardError,
@@ -395,13 +396,19 @@ def trained(found: Any, points: int) -> tuple[list[Point], float]:
 def find_markers(work: Work, history: list[Point]) -> Markers:
     """The points that made the scores."""
     setting = work.setting
-    return epoch_markers(
-        [point.train_loss for point in history],
-        PHASES,
-        setting.mu or work.cell.mu,
-        relative=setting.relative,
-        method=setting.method,
-    )
+    try:
+        return epoch_markers(
+            [point.train_loss for point in history],
+            PHASES,
+            setting.mu or work.cell.mu,
+            relative=setting.relative,
+            method=setting.method,
+        )
+    except MarkerError as error:
+        raise MarkerError(
+            f"{str(error).rpartition(': ')[0]}: remove {work.folder} and start the cell again with "
+            f"--points {2 * setting.points_per_epoch} or more."
+        ) from error
 
 
 def keep_markers(work: Work, markers: Markers) -> list[Path]:
@@ -736,9 +743,11 @@ def row_one(found: dict[str, Any]) -> str:
     """A row of table I."""
     markers = found["markers"]
     mu = f"{markers['mu']:.2g}" if markers["converged"] else f"({markers['mu']:.2g})"
+    points, usual = found["setting"]["points_per_epoch"], SCALES[found["scale"]].points_per_epoch
+    told = "" if points == usual else f", {points} points an epoch"
     return (
         f"| {found['cell']} | {label(found)} | {found['epochs']} | {mu} | "
-        f"{listed(markers['points'])} | {found['top1']:.4f} |"
+        f"{listed(markers['points'])}{told} | {found['top1']:.4f} |"
     )
 
 
@@ -803,7 +812,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--minutes", type=positive, default=math.inf, help="of this slice")
     parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--disk", type=positive, help="GB that maps may take; half of what is free")
+    disk = "GB that maps may take, settled by the first slice; half of what is free"
+    parser.add_argument("--disk", type=positive, help=disk)
+    points = "records of loss and weights in an epoch, from which markers are taken; the scale's"
+    parser.add_argument("--points", type=count, help=points)
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--render", action="store_true", help="write docs/results.md")
     given = parser.parse_args(arguments)
@@ -817,6 +829,14 @@ def positive(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number above zero."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
     return number
 
 
@@ -890,6 +910,8 @@ def restartable(folder: Path) -> Iterator[None]:
 def work_of(given: argparse.Namespace, folder: Path, reporter: Slice) -> Work:
     """What the command line asks for, on this machine."""
     setting = replace(SCALES[given.scale], seed=given.seed)
+    if given.points:
+        setting = replace(setting, points_per_epoch=given.points)
     if torch.cuda.is_available():
         setting = replace(setting, precision="bf16-mixed")
     disk = 1e9 * given.disk if given.disk else shutil.disk_usage(folder).free / 2

@@ -245,6 +245,24 @@ def test_a_cell_goes_on_with_its_own_settings_alone(
     assert "was begun with other settings: give those again, or another folder" in said
 
 
+def test_markers_that_meet_are_told_apart_by_more_points(
+    tmp_path: Path,
+    script: ModuleType,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(script, "PHASES", 6)  # of a fall that is over in as many points
+    changed = {"epochs": 6, "batch_size": 16}
+    script.SCALES["cpu"] = script.replace(script.SCALES["cpu"], **changed)
+    said = complaint(script, capsys, CELL, tmp_path, "--data", data)
+    assert "fall on the same point" in said
+    assert said.endswith("and start the cell again with --points 2 or more.\n")
+    shutil.rmtree(tmp_path / f"{CELL}-cpu-0")
+    assert replicate(script, tmp_path, data, "--points", "6")
+    assert found(script)["setting"]["points_per_epoch"] == 6
+
+
 def test_the_result_names_every_machine_and_commit(
     tmp_path: Path, script: ModuleType, data: Path
 ) -> None:
@@ -402,7 +420,7 @@ def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: Mo
     result = {
         "cell": CELL,
         "scale": "cpu",
-        "setting": {"seed": 3, "size": 64},
+        "setting": {"seed": 3, "size": 64, "points_per_epoch": 4},
         "compile": True,
         "epochs": 24,
         "markers": {"points": list(range(1, 11)), "mu": 0.01, "converged": False},
@@ -423,6 +441,7 @@ def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: Mo
         "cpu, 3",
     ]
     assert "(0.01)" in of_cell[1]  # not converged
+    assert "10], 4 points an epoch | 0.5000" in of_cell[1]  # the scale has another number
     assert of_cell[-1].endswith("| a machine, torch.compile | abc |")
     assert of_cell[3].endswith("| +0.0300 | 0.75 |")  # .95 over the published .92
 
