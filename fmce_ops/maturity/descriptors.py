@@ -169,12 +169,12 @@ def _between(maps: Tensor) -> Tensor:
 def _turned(rest: Tensor) -> tuple[Tensor, Tensor]:
     """Energies along the directions of (g, N, C), greatest first, and the points turned into them.
 
-    Where there are more channels than points, all that lies between these is in N directions, and
-    is found there with less work.
+    All that lies between N points is in N directions. Where there are many more channels, it is
+    found there with less work than the turn takes; elsewhere the points are left as they are.
     """
     few = rest.shape[1] < rest.shape[2]
     gram = (rest @ rest.mT if few else rest.mT @ rest).double()
-    if not few:
+    if 4 * rest.shape[1] > rest.shape[2]:
         return torch.linalg.eigvalsh(gram).clamp_min(0).flip(1).float(), rest
     energies, directions = torch.linalg.eigh(gram)
     energies = energies.clamp_min(0)
