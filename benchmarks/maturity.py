@@ -659,9 +659,11 @@ def draw(folder: Path, runs: Sequence[Read]) -> None:
 
 def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
     """The tables."""
-    rows, named = [], ""
+    rows, named, against = [], "", []
     for split in SPLITS:
         found = judge_split(split, runs, folder)
+        if split[0].startswith("unseen"):
+            against.append(f"| {split[0]} | {beside_cka(found, runs)} |")
         one, many = summary(list(found.values()), VIEWS_OF_ONE), summary(list(found.values()))
         rows.append(row(split[0], "judge", len(found), one, many))
         if split[0] == "one module frozen":
@@ -677,9 +679,9 @@ def report(folder: Path, raw: Path, runs: Sequence[Read]) -> str:
             if figures_ is not None:
                 order, error = figures_
                 rows.append(
-                    f"| {split[0]} | {name} | | | | | {order:.3f} | {error * PHASES:.2f} | |"
+                    f"| {split[0]} | {name} | | | | | {order:.4f} | {error * PHASES:.2f} | |"
                 )
-    table = "\n".join(rows)
+    table, orders = "\n".join(rows), "\n".join(against)
     fine = sum(r.spec.fine for r in runs)
     by_weights = named_by_weights(folder, raw, [r.spec for r in runs])
     return f"""# Maturity of runs left out
@@ -695,9 +697,27 @@ NC1 and the loss need labels, CKA the final weights.
 |---|---|---|---|---|---|---|---|---|
 {table}
 
+Spearman of the judge (256 images) less that of CKA on the same run, whose last checkpoint CKA \
+compares with itself:
+
+| unseen | mean | standard error | runs better | worse |
+|---|---|---|---|---|
+{orders}
+
 By its score alone the module that was frozen at its random start is the least mature of its \
 network, at the end of training, in {named} runs. {by_weights}
 """
+
+
+def beside_cka(found: dict[str, LeftOut], runs: Sequence[Read]) -> str:
+    """How much better the judge orders the checkpoints of a run: cells of the table."""
+    gains = []
+    for r in [r for r in runs if r.run.name in found]:
+        other = spearmanr(r.others["CKA to the end"], r.run.maturity[:, -1]).statistic
+        gains.append(summary([found[r.run.name]])["spearman"] - other)
+    spread = np.std(gains, ddof=1) / len(gains) ** 0.5
+    better, worse = (sum(sign * gain > 1e-9 for gain in gains) for sign in (1, -1))
+    return f"{np.mean(gains):+.4f} | {spread:.4f} | {better} | {worse}"
 
 
 def headings(of: str) -> str:
@@ -708,12 +728,12 @@ def headings(of: str) -> str:
 def row(split: str, who: str, runs: int, one: dict[str, float], many: dict[str, float]) -> str:
     """Of the table."""
 
-    def cells(figures: dict[str, float]) -> str:
+    def cells(figures: dict[str, float], digits: int) -> str:
         coverage = figures["coverage"]
         shown = "" if np.isnan(coverage) else f"{coverage:.2f}"
-        return f"{figures['spearman']:.3f} | {figures['error'] * PHASES:.2f} | {shown}"
+        return f"{figures['spearman']:.{digits}f} | {figures['error'] * PHASES:.2f} | {shown}"
 
-    return f"| {split} | {who} | {runs} | {cells(one)} | {cells(many)} |"
+    return f"| {split} | {who} | {runs} | {cells(one, 3)} | {cells(many, 4)} |"
 
 
 def main() -> None:

@@ -26,8 +26,7 @@ READ = 3 * DESCRIPTORS  # numbers that are read of a module, see :func:`reading`
 ONE, VIEWS_OF_ONE, SEVERAL = range(3)  # what is read: a map, the views of images, many images
 _KINDS = 3
 _LIMIT = 5.0  # standard deviations; what lies farther out is none of what the judge has seen
-_NEAR, _FAR = 2.0, 100.0  # standard deviations that are usual; beyond them no more is counted
-_BASE = 0.1  # distance at which a vote begins to count less
+_SUREST = 1e-3  # how near to 0 and to 1 a vote is taken to be at most
 _FLOOR = 0.02  # of doubt, however much the votes agree
 
 
@@ -69,14 +68,6 @@ class Members(nn.Module):
             hidden = F.gelu(torch.baddbmm(bias, hidden, matrix)) * keep
         return torch.baddbmm(layers[-1][1], hidden, layers[-1][0])[..., 0].sigmoid()
 
-    def weight(self, inputs: Tensor) -> Tensor:
-        """How much these votes count (N,): the less, the farther inputs lie outside what is usual.
-
-        Nothing where members would have to read what is not known.
-        """
-        far = (inputs[:, self.columns].abs() - _NEAR).clamp(0, _FAR).square().mean(1)
-        return (_BASE + far).reciprocal().nan_to_num(0.0)
-
 
 class Electorate(nn.Module):
     """All who vote on rows of one kind, and what is usual there."""
@@ -99,21 +90,21 @@ class Electorate(nn.Module):
         usual = inputs.clamp(-_LIMIT, _LIMIT).nan_to_num(0.0)
         return torch.stack([members(usual, keep) for members in self._patterns()])
 
-    def shares(self, inputs: Tensor) -> Tensor:
-        """How much the votes of each pattern count (patterns, N), 1 together."""
-        weights = torch.stack([members.weight(inputs) for members in self._patterns()])
-        return weights / weights.sum(0)
+    def able(self, inputs: Tensor) -> Tensor:
+        """Whether all that a pattern reads is known (patterns, N); else its members abstain."""
+        return torch.stack([~inputs[:, m.columns].isnan().any(1) for m in self._patterns()])
 
     def forward(self, rows: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
         """Maturity and doubt, both (N,), as in ``Judge``."""
         inputs = self.standardised(rows, depth)
-        votes, shares = self.votes(inputs), self.shares(inputs)
-        value = (shares * votes.mean(1)).sum(0)
-        taken = (shares > 0).float()[:, None].expand_as(votes)
-        count = taken.sum((0, 1))
-        mean = (taken * votes).sum((0, 1)) / count
-        spread = ((taken * (votes - mean).square()).sum((0, 1)) / count).sqrt()
-        return value, _FLOOR + spread
+        votes = self.votes(inputs)
+        taken = self.able(inputs)[:, None].expand_as(votes)
+
+        def mean(values: Tensor) -> Tensor:
+            return (values * taken).sum((0, 1)) / taken.sum((0, 1))
+
+        spread = mean((votes - mean(votes)).square()).sqrt()
+        return mean(votes.logit(_SUREST)).sigmoid(), _FLOOR + spread
 
     def _patterns(self) -> list[Members]:
         return cast(list[Members], list(self.patterns))
@@ -126,12 +117,13 @@ class Judge(nn.Module):
     single map, the views of an image and many images have members of their own. All are told how
     many channels and images there are and where the module lies. They read, in turn: the module and
     the mean of its network's modules; the module and its change since the network's random start;
-    the same, of what lies between maps alone; and that without the start. A vote counts the more
-    the nearer what the member reads lies to what it has learned from: with its network in sight,
-    one that is known is judged most exactly, while the change since the start carries over to those
-    that are not. Where they disagree the judge is in doubt, and the interval is wide. All that it
-    needs is in its ``state_dict``: weights, mean and standard deviation of what is read, and the
-    margins of the intervals, in doubts.
+    the same, of what lies between maps alone; and that without the start. With its network in sight
+    a module of a known one is judged best, while what lies between maps carries over to those that
+    are not known. The score is the mean of all log odds (logarithmic opinion pool; Genest, Zidek
+    1986), in which small differences near 0 and 1 still tell checkpoints apart. Where members
+    disagree the judge is in doubt, and the interval is wide. All that it needs is in its
+    ``state_dict``: weights, mean and standard deviation of what is read, and the margins of the
+    intervals, in doubts.
 
     Parameters
     ----------
