@@ -121,7 +121,7 @@ def profiles_figure(profiles: Mapping[str, Tensor], names: Sequence[str]) -> Fig
 def needs_figure(needs: Sequence[Need], names: Sequence[str]) -> Figure:
     """Accuracy of every class and of the others before and after filters are switched off."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sharey=True)
-    words = ["all filters", "without those the class needs", "without as many others it opens"]
+    words = ["all filters", "without those the class needs", "without as many of all it opens"]
     colours = [_COLOURS["dense"], _COLOURS["pruned"], _COLOURS["paths"]]
     places = np.arange(len(needs))
     for axis, part, title in ((left, "own", "The class"), (right, "others", "The other classes")):

@@ -327,3 +327,60 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
         path_codes(network, torch.zeros(shape))
     with pytest.raises(ModelError, match="do not fit the network"):
         path_codes(attach(models.resnet18()), torch.zeros(3, 32, 32))
+
+
+class Preactivated(nn.Module):
+    """A block that defines its shortcut last and runs it first, behind two other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(6, 6, 1)
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.second = nn.Conv2d(5, 6, 1)
+        self.beside = nn.Conv2d(3, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        beside = self.beside(x)
+        return self.last(self.norm(self.second(self.first(x).relu())) + beside).mean((2, 3))
+
+
+def test_gates_follow_one_another_as_the_layers_run() -> None:
+    torch.manual_seed(0)
+    network = varied(Preactivated().eval())
+    assert list(gated_layers(network)) == ["beside", "first", "second", "last"]
+    x = images(8)
+    with torch.no_grad(), recorded(network) as record:
+        expected = network(x)
+    assert list(record) == list(gated_layers(network))
+    codes = torch.cat([layer.gates > 0 for layer in record.values()], dim=1)
+    assert torch.equal(path_codes(network, x), codes)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(network)(x), expected)
+
+
+def test_every_module_keeps_its_mode() -> None:
+    model = models.resnet18(num_classes=5).train()
+    model.bn1.eval()
+    network = attach(model)
+    path_codes(network, images(2))
+    measure_costs(network, images(1))
+    norms = {name: part for name, part in network.named_modules() if name.endswith("norm")}
+    assert [name for name, part in norms.items() if not part.training] == ["conv1.norm"]
+    assert network.training and network.conv1.controller.training
+
+
+def test_a_branch_of_the_training_alone_gets_no_gates() -> None:
+    model = models.googlenet(num_classes=5, aux_logits=True, init_weights=False).train()
+    network = attach(model)
+    assert not any(name.startswith("aux") for name in gated_layers(network))
+    assert path_codes(network, images(2)).all()
+
+
+def test_weights_made_of_others_get_no_gates() -> None:
+    first = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
+    network = attach(nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 2, 1)).eval())
+    assert list(gated_layers(network)) == ["2"]
+    x = images(2)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(network)(x), network(x))

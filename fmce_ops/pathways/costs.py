@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmce_ops.pathways.gates import detach, gated_layers
+from fmce_ops.pathways.sites import evaluating
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def measure_costs(network: nn.Module, example: Tensor) -> Costs:
         for name, gated in layers.items()
     ]
     try:
-        network.eval()(example)
+        with evaluating(network):
+            network(example)
     finally:
         for handle in handles:
             handle.remove()
@@ -88,6 +90,6 @@ def measure_costs(network: nn.Module, example: Tensor) -> Costs:
         pair = positions[name] * math.prod(kernel)
         found.append(LayerCosts(pair, inputs, filters, fed_by, control))
     with FlopCounterMode(display=False) as counter:
-        detach(network)(example)
+        detach(network).eval()(example)
     whole = counter.get_total_flops() // 2
     return Costs(whole - sum(at.pair * at.inputs * at.filters for at in found), tuple(found))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fmce_ops.errors import ModelError
-from fmce_ops.pathways.sites import Site, find_sites
+from fmce_ops.pathways.sites import Site, evaluating, find_sites
 
 _OPEN = 2.0  # score of every gate at the start: 98 % of them stay open under the noise
 _BATCH = 256  # images whose codes are read at a time
@@ -85,6 +85,7 @@ class Gated(nn.Module):
         self.norm = norm if norm is not None else nn.Identity()
         self.controller: Controller | Constant = Controller(conv.in_channels, conv.out_channels)
         self.mask = Mask()
+        self.controller.to(conv.weight).train(conv.training)  # its device, its type and its mode
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mask(self.norm(self.conv(x)), self.controller(x))
@@ -113,12 +114,10 @@ def attach(model: nn.Module, modules: Sequence[str] | None = None) -> nn.Module:
         conv = network.get_submodule(site.name)
         norm = network.get_submodule(site.norm) if site.norm else None
         assert isinstance(conv, nn.Conv2d)
-        gated = Gated(site, conv, norm)
-        gated.controller.to(conv.weight)  # its device and its type
-        network.set_submodule(site.name, gated)
+        network.set_submodule(site.name, Gated(site, conv, norm))
         if site.norm:
             network.set_submodule(site.norm, nn.Identity())
-    return network.train(model.training)
+    return network
 
 
 def detach(network: nn.Module) -> nn.Module:
@@ -141,8 +140,9 @@ def held(network: nn.Module, code: Tensor) -> nn.Module:
 
 
 def gated_layers(network: nn.Module) -> dict[str, Gated]:
-    """The gated convolutions by name; their gates follow one another in this order in a code."""
-    return {name: part for name, part in network.named_modules() if isinstance(part, Gated)}
+    """The gated convolutions by name, as they run: so their gates follow one another in a code."""
+    found = {name: part for name, part in network.named_modules() if isinstance(part, Gated)}
+    return dict(sorted(found.items(), key=lambda item: item[1].site.place))
 
 
 def split_code(network: nn.Module, codes: Tensor) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def path_codes(network: nn.Module, images: Tensor) -> Tensor:
 
     Parameters
     ----------
-    network : what `attach` returned; it is run in evaluation mode and left in its own.
+    network : what `attach` returned; it is run in evaluation mode, its modules left in their own.
     images : (N, 3, H, W) as the network takes them.
 
     Raises
@@ -214,18 +214,14 @@ def path_codes(network: nn.Module, images: Tensor) -> Tensor:
     """
     if not gated_layers(network):
         raise ModelError(f"a {type(network).__name__} has no gates: give what attach returned.")
-    mode = network.training
-    network.eval()
     try:
-        with recorded(network) as record:
+        with evaluating(network), recorded(network) as record:
             return torch.cat([_codes(network, record, part) for part in images.split(_BATCH)])
     except (RuntimeError, IndexError, ValueError) as error:
         raise ModelError(
             f"images of shape {tuple(images.shape)} do not fit the network "
             f"({' '.join(str(error).split())}): give images as it was trained on."
         ) from error
-    finally:
-        network.train(mode)
 
 
 def _codes(network: nn.Module, record: dict[str, Layer], images: Tensor) -> Tensor:

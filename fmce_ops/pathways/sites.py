@@ -2,11 +2,13 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from fmce_ops.errors import ModelError
 
@@ -26,18 +28,23 @@ class Site:
     Attributes
     ----------
     name : of the convolution.
+    place : how many sites run before it.
     norm : of the batch norm that alone reads it, or None.
     fed_by : of the gated convolution whose gated output is all that this one reads and that
         nothing else reads, or None; the filters closed there need no input here.
     """
 
     name: str
+    place: int
     norm: str | None
     fed_by: str | None
 
 
 def find_sites(network: nn.Module, names: Sequence[str] | None = None) -> list[Site]:
     """The convolutions in the order in which they run, once each, without those on a shortcut.
+
+    One whose weights are made of others (`torch.nn.utils.parametrize`), or that is called with
+    keywords, gets no gates.
 
     Parameters
     ----------
@@ -56,15 +63,28 @@ def find_sites(network: nn.Module, names: Sequence[str] | None = None) -> list[S
             continue
         norm = _norm(network, node)
         norm = None if norm in shared else norm
-        site = Site(str(node.target), norm, _feeder(network, node, found))
+        site = Site(str(node.target), len(found), norm, _feeder(network, node, found))
         found[_end(node, site)] = site
     _refuse_missing(network, [site.name for site in found.values()], shared, names)
     return list(found.values())
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in evaluation mode; afterwards each of its modules is in its own."""
+    modes = [(part, part.training) for part in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def _traced(network: nn.Module) -> fx.Graph:
     try:
-        return fx.Tracer().trace(network)
+        with evaluating(network):
+            return fx.Tracer().trace(network)
     except Exception as error:  # tracing runs the user's code on stand-ins: anything may happen
         raise ModelError(
             f"a {type(network).__name__} cannot be traced ({' '.join(str(error).split())}): "
@@ -88,7 +108,8 @@ def _module(network: nn.Module, node: fx.Node) -> nn.Module | None:
 
 
 def _wanted(network: nn.Module, node: fx.Node, names: Sequence[str] | None) -> bool:
-    if not isinstance(_module(network, node), nn.Conv2d):
+    module = _module(network, node)
+    if not isinstance(module, nn.Conv2d) or node.kwargs or is_parametrized(module):
         return False
     name = str(node.target)
     return name in names if names is not None else _SHORTCUT not in name.split(".")

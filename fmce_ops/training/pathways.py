@@ -352,7 +352,7 @@ class Need:
 
 
 def confirm_needed(network: nn.Module, found: Tensor, images: Validation, seed: int) -> list[Need]:
-    """For each class switch off the filters that it needs, and as many others, and judge.
+    """For each class switch off the filters that it needs, and as many that it opens, and judge.
 
     Parameters
     ----------
