@@ -1,4 +1,4 @@
-"""What a killed process left in the model store is completed, not doubled."""
+"""What a killed process left in the store is completed, and the champion stays who it is."""
 
 import sys
 from pathlib import Path
@@ -48,3 +48,59 @@ def test_a_model_that_was_begun_is_completed(tmp_path: Path, dies_in: str) -> No
     assert [(metric.key, metric.value) for metric in made.metrics] == [("loss", 0.5)]
     (linked,) = run.outputs.model_outputs
     assert (linked.model_id, linked.step) == (made.model_id, 7)
+
+
+REGISTER = """
+import os, sys
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from fmce_ops.errors import TrackingError
+from fmce_ops.tracking.registry import log_network, register
+from fmce_ops.tracking.runs import tracked
+from fmce_ops.tracking.serving import Network
+
+os.environ["MLFLOW_TRACKING_URI"] = sys.argv[1]
+network = Network("fmce-net", {"shape": (3, 2, 2), "phases": 4}, {})
+
+
+def made(score, standing, broken=""):
+    original = getattr(MlflowClient, broken, None)
+
+    def refuse(*given, **named):
+        if "fmce.validation_score" in given:
+            return original(*given, **named)
+        raise MlflowException("503 Service Unavailable")
+
+    with tracked("test", None, params={}, tags={}, system_metrics=False) as run:
+        state = network.build().state_dict()
+        uri = log_network(run, "net", network, state, np.zeros((2, 3, 2, 2), "float32"))
+        if broken:
+            setattr(MlflowClient, broken, refuse)
+        try:
+            return register(run, "net", uri, score, lambda folder: standing).alias
+        except (TrackingError, MlflowException) as error:
+            failure = type(error).__name__
+        finally:
+            if broken:
+                setattr(MlflowClient, broken, original)
+        again = register(run, "net", uri, score, lambda folder: max(standing, score)).alias
+        return f"{failure}, then {again}"
+
+
+print(made(0.9, None))
+print(made(0.4, 0.9))
+print(made(0.3, 0.9, "get_registered_model"))
+print(made(0.95, 0.9, "set_model_version_tag"))
+"""
+
+
+def test_a_failing_registry_makes_no_champion(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    done = command(tmp_path, sys.executable, "-c", REGISTER, store)
+    assert done.stdout.splitlines() == [
+        "champion",
+        "challenger",
+        "TrackingError, then challenger",
+        "MlflowException, then champion",
+    ]

@@ -17,7 +17,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 import fmce_ops
-from fmce_ops.errors import ModelError
+from fmce_ops.errors import FmceError, ModelError, TrackingError
 from fmce_ops.tracking.runs import Run, connect
 from fmce_ops.tracking.serving import (
     MATURITY_OPTIONS,
@@ -137,20 +137,27 @@ def register(
     made = known[0] if known else mlflow.register_model(model_uri, name)
     if "fmce.alias" in made.tags:
         return Registered(name, str(made.version), made.tags["fmce.alias"])
-    alias = CHAMPION if _beats_champion(run.client, name, score, judge) else CHALLENGER
+    champion = _champion(run.client, name)
+    best = champion in (None, str(made.version)) or _beats_champion(name, score, judge)
+    alias = CHAMPION if best else CHALLENGER
     run.client.set_model_version_tag(name, made.version, "fmce.validation_score", repr(score))
     run.client.set_registered_model_alias(name, alias, made.version)
     run.client.set_model_version_tag(name, made.version, "fmce.alias", alias)  # the last: all done
     return Registered(name, str(made.version), alias)
 
 
-def _beats_champion(
-    client: MlflowClient, name: str, score: float, judge: Callable[[Path], float | None]
-) -> bool:
+def _champion(client: MlflowClient, name: str) -> str | None:
+    """The version that is champion; it may be the one at hand, where a process was killed."""
     try:
-        client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        return True
+        return str(client.get_registered_model(name).aliases.get(CHAMPION) or "") or None
+    except MlflowException as error:
+        raise TrackingError(
+            f"the registry does not tell the champion of {name} ({str(error).splitlines()[0]}): "
+            "run the same command again."
+        ) from error
+
+
+def _beats_champion(name: str, score: float, judge: Callable[[Path], float | None]) -> bool:
     try:
         standing = judge(model_folder(f"models:/{name}@{CHAMPION}"))
     except ModelError:
@@ -168,7 +175,9 @@ def model_folder(uri: str) -> Path:
     """
     try:
         local = Path(uri) if uri and Path(uri).is_dir() else _downloaded(uri)
-    except (MlflowException, OSError, ValueError) as error:
+    except FmceError:
+        raise
+    except Exception as error:  # every kind of store has errors of its own
         raise ModelError(
             f"there is no model at {uri} ({str(error).splitlines()[0]}): "
             "give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME or a model folder."

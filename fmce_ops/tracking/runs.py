@@ -1,6 +1,7 @@
 """One tracked MLflow run for one stage: opened or resumed, filled, closed with the truth."""
 
 import contextlib
+import http.client
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, RunStatus
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from fmce_ops.errors import TrackingError
 from fmce_ops.tracking.location import home, tracking_uri
@@ -99,8 +101,17 @@ class Run:
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in beneath.items())
         found = self.client.search_runs([experiment], query, max_results=1)
         run = found[0] if found else self.client.create_run(experiment, tags={**tags, **beneath})
-        yield Run(self.client, run.info.run_id, {})
-        self.client.set_terminated(run.info.run_id)
+        self.client.update_run(run.info.run_id, "RUNNING")
+        status = "KILLED"
+        try:
+            yield Run(self.client, run.info.run_id, {})
+            status = "FINISHED"
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:
+            with contextlib.suppress(MlflowException):  # it must not hide why the run failed
+                self.client.set_terminated(run.info.run_id, status)
 
     def dataset(self, path: Path, name: str, digest: str, context: str) -> None:
         """Name a data set that the run reads, with its digest."""
@@ -129,7 +140,7 @@ def connect() -> MlflowClient:
         os.chdir(project)
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(name)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
         raise TrackingError(
             f"the tracking store {uri} cannot be used ({str(error).splitlines()[0]}): "
             "check MLFLOW_TRACKING_URI, or start the server it names."
@@ -147,7 +158,7 @@ def _refuse_dead_server(uri: str) -> None:
         urllib.request.urlopen(uri, timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers, and may want credentials that MLflow has
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise TrackingError(
             f"no tracking server answers at {uri} ({error}): start it or correct "
             "MLFLOW_TRACKING_URI."

@@ -134,7 +134,7 @@ def _described(folder: Path) -> Iterator[None]:
     """Say in one sentence that a description makes no sense."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(
             f"{folder} does not hold a model of fmce-ops ({type(error).__name__}: {error}): "
             "give the URI of a model that one of its stages logged."
