@@ -23,8 +23,10 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises
     ------
     DiskError
-        The disk is full, or the folder cannot be written.
+        The disk is full, the folder cannot be written, or ``path`` names no file.
     """
+    if not path.name:
+        raise DiskError(f"'{path}' is a folder: give the name of a file in it.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,7 @@ def _fsync(path: Path) -> None:
 _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EISDIR, errno.ENAMETOOLONG),
 }
 
 

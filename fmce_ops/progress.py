@@ -104,7 +104,8 @@ def show_store(folder: Path, description: "Description") -> None:
     shape = " x ".join(map(str, description.shape))
     kind = f"{description.dtype}, {description.compression or 'not compressed'}"
     console = Console()
-    console.print(f"{folder}: {description.maps} maps of {shape}, {kind}", soft_wrap=True)
+    heading = f"{folder}: {description.maps} maps of {shape}, {kind}"
+    console.print(heading, soft_wrap=True, markup=False)
     table = Table()
     for heading in ("phase", "shards", "maps", "MiB"):
         table.add_column(heading, justify="right")

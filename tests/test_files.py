@@ -172,3 +172,12 @@ def test_digests_are_those_of_the_bytes(tmp_path):
     assert file_digest(path, "md5") == "900150983cd24fb0d6963f7d28e17f72"
     path.write_bytes(bytes(range(256)) * 10_000)
     assert file_digest(path) == hashlib.sha256(bytes(range(256)) * 10_000).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder", "x" * 300])
+def test_a_place_that_no_file_can_have_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DiskError):
+        write_text(Path(name), "text")
+    assert names(tmp_path) == ["folder"]

@@ -157,6 +157,32 @@ def test_what_is_no_yaml_is_named_with_its_line(tmp_path, text):
     assert "line 1" in message
 
 
+@pytest.mark.parametrize("text", ["train: {seed: 0x_}", "title: 2024-02-30", "[" * 5000])
+def test_what_yaml_cannot_build_is_no_yaml(tmp_path, text):
+    assert complaint(tmp_path, text).startswith(" is not readable YAML (")
+
+
+def test_a_folder_is_no_yaml(tmp_path):
+    with pytest.raises(ParamsError, match="is not readable YAML"):
+        load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train: {epochs: 10}\ntrain: {lr: 0.1}", "train:\n  epochs: 10\n  train: 1\n  epochs: 2"],
+)
+def test_a_key_that_is_given_twice_is_named_with_its_line(tmp_path, text):
+    message = complaint(tmp_path, text)
+    assert "is given twice" in message and "line" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["train: {epochs: true}", "train: {lr: yes}", "train: {seed: off}"]
+)
+def test_yes_is_no_number(tmp_path, text):
+    assert "give a number" in complaint(tmp_path, text)
+
+
 def test_what_is_no_text_is_no_yaml(tmp_path):
     (tmp_path / "params.yaml").write_bytes(b"data: \xff\xfe")
     with pytest.raises(ParamsError, match="is not readable YAML"):

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
-from fmce_ops.errors import ModelError
+from fmce_ops.errors import DiskError, ModelError, ParamsError
 from fmce_ops.files import file_digest
 from fmce_ops.stages.work import digest, open_work, publish, recorded_digests, vouched
 
@@ -284,3 +284,21 @@ def test_what_dvc_recorded_is_read_from_its_file(project):
     shutil.copyfile("dvc.lock", "other.lock")
     (project / "dvc.lock").write_text("schema: '2.0'\n")
     assert recorded_digests(project / "dvc.lock") == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["<<<<<<< a\nstages: {}", "stages: {a: null}", "stages: [1]", "[1]"]
+)
+def test_what_dvc_did_not_write_is_refused(project, text):
+    (project / "dvc.lock").write_text(text)
+    with pytest.raises(ParamsError, match=r"dvc\.lock is not as DVC writes it"):
+        recorded_digests(project / "dvc.lock")
+
+
+def test_a_file_in_the_place_of_the_work_folder_is_named(project):
+    (project / ".fmce").write_text("")
+    with (
+        pytest.raises(DiskError, match=r"\.fmce cannot be made"),
+        open_work(project, "train", KEY),
+    ):
+        pass

@@ -153,6 +153,8 @@ def parse_minimum(texts: Iterable[str]) -> dict[str, float]:
     least = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name in least:
+            raise ParamsError(f"--min {name} is given twice: keep one of the two.")
         try:
             least[name] = float(value)
         except ValueError:

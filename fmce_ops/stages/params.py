@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
@@ -12,8 +12,11 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from yaml.constructor import ConstructorError
 
 from fmce_ops.errors import ParamsError
 
@@ -50,9 +53,17 @@ RUN_SECTIONS = ("data", "model", "train", "markers")  # that a run of maturity.r
 
 
 class Section(BaseModel):
-    """A section of ``params.yaml``; unknown keys are refused."""
+    """A section of ``params.yaml``; unknown keys are refused, and yes or no for a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: object, info: ValidationInfo) -> object:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("give a number")
+        return value
 
 
 class DataParams(Section):
@@ -244,23 +255,35 @@ def _laid_over(below: Any, above: Any) -> Any:
     return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: the second would silently take the place of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: Path) -> Params:
     """Read ``params.yaml``.
 
     Raises
     ------
     ParamsError
-        The file is missing or no YAML, a key is unknown (the nearest right key is named), or a
-        value is out of range.
+        The file is missing or no YAML, a key is given twice or unknown (the nearest right key is
+        named), or a value is out of range.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ParamsError(
             f"{path} does not exist: run this in the project folder, or make one with "
             "'fmce-ops init'."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ParamsError(f"{path} is not readable YAML ({reason}): mend that line.") from None
     try:

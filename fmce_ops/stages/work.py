@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fmce_ops.errors import ModelError
-from fmce_ops.files import atomic, file_digest, write_json
+from fmce_ops.errors import DiskError, ModelError, ParamsError
+from fmce_ops.files import atomic, disk_reason, file_digest, write_json
 
 FOLDER = ".fmce"
 MANIFEST = "manifest.json"
@@ -72,7 +72,13 @@ def open_work(
 @contextlib.contextmanager
 def _held(file: Path) -> Iterator[None]:
     """Hold the lock; two experiments that share a stage wait for each other."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"the folder {file.parent} cannot be made ({disk_reason(error)}): "
+            "see that it is no file and that the project can be written."
+        ) from error
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
@@ -108,9 +114,16 @@ def recorded_digests(lock: Path) -> dict[str, str]:
     """What DVC last recorded of every output: path -> MD5 (of a folder, DVC's ``.dir`` digest)."""
     if not lock.exists():
         return {}
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
-    outputs = [output for stage in stages.values() for output in stage.get("outs", [])]
-    return {output["path"]: output["md5"] for output in outputs if "md5" in output}
+    try:
+        stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
+        outputs = [output for stage in stages.values() for output in stage.get("outs", [])]
+        return {output["path"]: output["md5"] for output in outputs if "md5" in output}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ParamsError(
+            f"{lock} is not as DVC writes it ({reason}): take it from the last commit, "
+            "or remove it and run 'dvc repro'."
+        ) from error
 
 
 def digest(path: Path) -> str:
