@@ -137,7 +137,7 @@ class FmceParams(Section):
     lr: Positive = 1e-3
     split: Literal["image", "paper"] = "image"
     test: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the images; the paper's 3:1
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the rest; chooses the epoch
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of all images; chooses the epoch
     precision: Precision = "32-true"
     seed: Seed = 0
 

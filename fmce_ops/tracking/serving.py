@@ -195,12 +195,6 @@ class Predictor:
         }
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether (n, ...) is made of what is wanted; -1 stands for any."""
-    pairs = zip(shape[1:], wanted, strict=True) if len(shape) == len(wanted) + 1 else [(0, 1)]
-    return all(w in (-1, n) for n, w in pairs)
-
-
 @torch.inference_mode()
 def _judged(
     judge: Judge, inputs: torch.Tensor, depth: float, input: str
