@@ -42,7 +42,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 def shared_data() -> Path:
     """Folder of the real data sets that are too large for the repository."""
     beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("FMCE_TEST_DATA", beside))
+    folder = Path(os.environ.get("FMCE_TEST_DATA") or beside)
     if not folder.is_dir():
         pytest.skip("no real data sets: set FMCE_TEST_DATA to the folder that holds MNIST/raw etc.")
     return folder
