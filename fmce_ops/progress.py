@@ -104,8 +104,8 @@ def show_store(folder: Path, description: "Description") -> None:
     shape = " x ".join(map(str, description.shape))
     kind = f"{description.dtype}, {description.compression or 'not compressed'}"
     console = Console()
-    heading = f"{folder}: {description.maps} maps of {shape}, {kind}"
-    console.print(heading, soft_wrap=True, markup=False)
+    title = f"{folder}: {description.maps} maps of {shape}, {kind}"
+    console.print(title, soft_wrap=True, markup=False)
     table = Table()
     for heading in ("phase", "shards", "maps", "MiB"):
         table.add_column(heading, justify="right")

@@ -157,7 +157,9 @@ def test_what_is_no_yaml_is_named_with_its_line(tmp_path, text):
     assert "line 1" in message
 
 
-@pytest.mark.parametrize("text", ["train: {seed: 0x_}", "title: 2024-02-30", "[" * 5000])
+@pytest.mark.parametrize(
+    "text", ["train: {seed: 0x_}", "title: 2024-02-30", "[" * 5000, "{[1]: 2}"]
+)
 def test_what_yaml_cannot_build_is_no_yaml(tmp_path, text):
     assert complaint(tmp_path, text).startswith(" is not readable YAML (")
 

@@ -178,8 +178,9 @@ def model_folder(uri: str) -> Path:
     except FmceError:
         raise
     except Exception as error:  # every kind of store has errors of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"there is no model at {uri} ({str(error).splitlines()[0]}): "
+            f"there is no model at {uri} ({reason}): "
             "give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME or a model folder."
         ) from error
     found = sorted(local.rglob(NETWORK)) if local.is_dir() else []
