@@ -17,7 +17,7 @@ from torchvision import models
 CLASSES = 10
 BATCH = 2
 STEPS = 3  # of training on random labels
-ITERATIONS, MANY = 12, 4000
+ITERATIONS, MANY = 12, 8000
 NOISE = 0.05  # of the norm of the stage's input
 # image side, submodule of the last stage
 NETWORKS = {

@@ -8,6 +8,8 @@ from fmce_ops.reverse import Status, descent, nearest_logits, propagate, reverse
 from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.products import frozen
 from fmce_ops.reverse.quasi_newton import lbfgs
+from fmce_ops.reverse.relus import Awake
+from fmce_ops.reverse.waking import wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -284,6 +286,65 @@ def test_starts_beside_are_the_same_every_time():
     once, again = (reverse(*kinked(0), max_iterations=1500) for _ in range(2))
     assert once.iterations.max() > 500
     assert torch.equal(once.x, again.x) and torch.equal(once.iterations, again.iterations)
+
+
+class Resting(nn.Module):
+    """Two inputs to two outputs by way of a ReLU each, the second one shifted by .02."""
+
+    def forward(self, x):
+        return torch.relu(x - torch.tensor([0.0, 0.02], dtype=x.dtype)) * torch.tensor([2.0, 1.0])
+
+
+def woken(x0, target, bound=torch.inf, module=None):
+    module, x0, target = module or Resting(), torch.tensor(x0), torch.tensor(target)
+    gap = (module(x0) - target).norm(dim=1).double()
+    none = torch.zeros_like(gap)
+    problem = Problem(module, target, x0, none, gap * 1e-3, none + bound)
+    search = Search(x0.clone(), gap.clone(), none.long(), none.bool())
+    with torch.no_grad(), frozen(module):
+        return wake(problem, search, none.long() + 50).tolist(), search
+
+
+def test_a_unit_that_rests_near_its_kink_is_woken_if_it_should_be_larger():
+    moved, search = woken([[1.0, 0.0]], [[2.0, 1.0]])
+    assert moved == [True] and search.iterations.item() > 0
+    assert search.x[0, 1] > 0.5 and search.distance.item() < 0.1
+    x0 = torch.tensor([[1.0, 0.0]])
+    result = reverse(Resting(), torch.tensor([[2.0, 1.0]]), x0, max_iterations=2000)
+    assert result.status.item() == Status.REACHED
+
+
+@pytest.mark.parametrize(
+    ("x0", "target", "bound", "module"),
+    [
+        ([[1.0, 0.0]], [[2.0, -1.0]], torch.inf, None),  # it should not be larger
+        ([[1.0, -5.0]], [[2.0, 1.0]], torch.inf, None),  # it rests too far below
+        ([[1.0, 0.0]], [[2.0, 1.0]], 0.1, None),  # the step is longer than allowed
+        ([[1.0, 0.0]], [[2.0, 1.0]], torch.inf, nn.Tanh()),  # nothing can rest
+    ],
+)
+def test_what_is_not_to_be_woken_stays(x0, target, bound, module):
+    moved, search = woken(x0, target, bound, module)
+    assert moved == [False] and search.x.tolist() == x0
+
+
+def test_samples_are_woken_each_by_itself():
+    x0, target = [[1.0, 0.0], [1.0, -5.0], [1.0, 0.01]], [[2.0, 1.0], [2.0, 1.0], [3.0, 0.5]]
+    moved, together = woken(x0, target)
+    assert moved == [True, False, True]
+    for row, alone in enumerate(woken([x], [t])[1] for x, t in zip(x0, target, strict=True)):
+        assert torch.allclose(alone.x[0], together.x[row], atol=1e-6)
+
+
+def test_units_to_wake_are_kept_by_sample_where_the_batch_is_folded():
+    masks = [torch.rand(6, 4) > 0.5, torch.rand(3, 2) > 0.5, torch.rand(4, 5) > 0.5]
+    part = Awake(masks, 3).take(torch.tensor([2, 0]))
+    assert torch.equal(part.masks[0], masks[0][[4, 5, 0, 1]])
+    assert torch.equal(part.masks[1], masks[1][[2, 0]])
+    odd = torch.randn(4, 5)  # no whole number of rows a sample: a plain ReLU
+    assert torch.equal(part.rectify(odd, 2), torch.where(masks[2], odd, 0))
+    assert torch.equal(part.rectify(odd[:3], 2), odd[:3].relu())
+    assert torch.equal(part.rectify(odd, 3), odd.relu())
 
 
 def test_samples_that_need_nothing_are_not_solved_for():

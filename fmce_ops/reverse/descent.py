@@ -1,4 +1,4 @@
-"""The search for the input: Gauss-Newton, then L-BFGS, then both once more from elsewhere."""
+"""The search for the input: Gauss-Newton, L-BFGS, and ways out of the minima that they end in."""
 
 from dataclasses import replace
 
@@ -9,8 +9,11 @@ from fmce_ops.reverse.newton import gauss_newton
 from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.quasi_newton import lbfgs
 from fmce_ops.reverse.solver import norms, spread
+from fmce_ops.reverse.waking import wake
 
 _FIRST = 500  # iterations of Gauss-Newton before L-BFGS goes on
+_STRETCH = 700  # iterations of L-BFGS before units at rest are woken
+_WORTH = 1e-3  # part of the distance that a stretch must take, for another to follow
 _STARTS = 20  # beside x0
 _BESIDE = 0.5  # how far, of the change that the search from x0 came to
 
@@ -18,10 +21,10 @@ _BESIDE = 0.5  # how far, of the change that the search from x0 came to
 def descend(problem: Problem, search: Search, max_iterations: int, reach: Tensor) -> None:
     """Bring ``search`` down to the goal, or as far as it goes.
 
-    Gauss-Newton wakes units at rest, but is slow where the linearised problem is badly conditioned;
-    L-BFGS is not, and goes on until it finds no way down. Both end in local minima. So where more
-    iterations are given than Gauss-Newton gets at once, the search is begun anew from points beside
-    x0, and the best answer is kept.
+    Gauss-Newton draws up units at rest, but is slow where the linearised problem is badly
+    conditioned; L-BFGS is not. Both end in local minima. So where more iterations are given than
+    Gauss-Newton gets at once, units at rest are woken by force, see `wake`, as long as that brings
+    L-BFGS nearer; then the search is begun anew from points beside x0. The best answer is kept.
 
     Parameters
     ----------
@@ -46,7 +49,27 @@ def _down(problem: Problem, search: Search, limit: Tensor, reach: Tensor) -> Non
     gauss_newton(problem, search, limit.clamp(max=_FIRST))
     within = norms(search.x - problem.x0) <= reach
     held = replace(problem, bound=torch.where(within, reach, problem.bound).minimum(problem.bound))
-    lbfgs(held, search, torch.where(search.distance < before, limit, search.iterations))
+    _walk(held, search, torch.where(search.distance < before, limit, search.iterations))
+
+
+def _walk(problem: Problem, search: Search, limit: Tensor) -> None:
+    """Stretches of L-BFGS, and between them a step out of where they end; the best is kept."""
+    rows = ((search.distance > problem.goal) & (search.iterations < limit)).nonzero()[:, 0]
+    walker = search.take(rows)
+    while len(rows):
+        here, most = problem.take(rows), limit[rows]
+        lbfgs(here, walker, most.minimum(walker.iterations + _STRETCH))
+        left = (here.cost(walker) / here.cost(search.take(rows))).sqrt()
+        search.put(rows[left <= 1], walker.take(left <= 1))
+        search.iterations[rows] = walker.iterations
+        going = (walker.distance > here.goal) & (walker.iterations < most) & (left < 1 - _WORTH)
+        rows, walker = rows[going], walker.take(going)
+        if not len(rows) or int(limit.max()) <= _FIRST:
+            return
+        moved = wake(problem.take(rows), walker, limit[rows])
+        search.iterations[rows] = walker.iterations
+        going = moved | ~walker.stationary
+        rows, walker = rows[going], walker.take(going)
 
 
 def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:
@@ -59,7 +82,7 @@ def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:
     length = _BESIDE * norms(search.x - problem.x0)
     for _ in range(_STARTS):
         short = (search.distance > problem.goal) & (search.iterations < limit)
-        rows = (short & search.stationary & (length > 0)).nonzero()[:, 0]
+        rows = (short & (length > 0)).nonzero()[:, 0]
         if not len(rows):
             return
         here = problem.take(rows)

@@ -57,8 +57,8 @@ def reverse(
     propagation, arXiv 2506.07188); where f ends in a ReLU, targets below 0 count as 0. Linear maps,
     common activations, pooling, normalisation and Sequentials of these have closed forms or direct
     solves; everything else is answered by damped Gauss-Newton, which finds the nearest point
-    downhill of x0; with more than 500 iterations L-BFGS goes on from there, and the search is begun
-    anew beside x0 where it ends short.
+    downhill of x0; with more than 500 iterations L-BFGS goes on from there, units that ReLUs hold
+    at rest are woken where it ends short, and the search is begun anew beside x0.
 
     Parameters
     ----------
@@ -67,10 +67,9 @@ def reverse(
     target : (N, ...) of the output's shape, finite.
     x0 : (N, ...) the input of the forward pass, float32 or float64.
     damping : Tikhonov weight of the change, in units of output per input.
-    max_iterations : of the least-squares solver inside Gauss-Newton and of L-BFGS, over all
-        starts, for each sample; one costs about two forward passes. What a damped answer, or the
-        way back through a Sequential, is searched with comes on top, as many each. Linear maps
-        take what they need.
+    max_iterations : of the least-squares solver and of L-BFGS, over all starts, for each sample;
+        one costs about two forward passes. What a damped answer, or the way back through a
+        Sequential, is searched with comes on top, as many each. Linear maps take what they need.
     tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
         precision of the data type whatever it is.
     max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.products import Linearised, output_of
+from fmce_ops.reverse.relus import Smooth
 from fmce_ops.reverse.solver import Solution, least_squares, norms, spread
 
 _LEAST, _SHARE = 6, 8  # iterations of a step: so many, or this part of those before it
@@ -35,14 +36,14 @@ def gauss_newton(problem: Problem, search: Search, limit: Tensor) -> None:
     rows = ((search.distance > problem.goal) & (search.iterations < limit)).nonzero()[:, 0]
     while len(rows):
         here, x = problem.take(rows), search.x[rows]
-        linearised = Linearised(here.module, x, here.target, width[rows])
+        linearised = Linearised(here.module, x, here.target, Smooth(width[rows]))
         spent = search.iterations[rows]
         most = torch.minimum((spent // _SHARE).clamp(min=_LEAST), limit[rows] - spent)
-        step = _step(here, x, linearised, width[rows], most)
+        step = _step(here, x, linearised, most)
         search.iterations[rows] += step.iterations.clamp(min=1)
         merit = here.merit(linearised.output.rest(here.target), x)
         left = _descend(problem, search, rows, step.step, merit)
-        failed, smoothed, distance = left == 1, linearised.output.smoothed, search.distance[rows]
+        failed, smoothed, distance = left == 1, linearised.output.rectified, search.distance[rows]
         swept_now = failed & (width[rows] <= _NARROWEST)
         done = (swept_now & (distance >= swept[rows])) | (failed & (not smoothed))
         over = search.iterations[rows] >= limit[rows]
@@ -54,17 +55,19 @@ def gauss_newton(problem: Problem, search: Search, limit: Tensor) -> None:
         rows = rows[~done]
 
 
-def _step(
-    problem: Problem, x: Tensor, linearised: Linearised, width: Tensor, most: Tensor
-) -> Solution:
+def _step(problem: Problem, x: Tensor, linearised: Linearised, most: Tensor) -> Solution:
     """The Gauss-Newton step; 0 where it promises nothing."""
-    rest = linearised.output.before(problem.target, width)[1]
-    gradient = linearised.pull(rest) - spread(problem.damping.square(), x) * (x - problem.x0)
-    length = problem.merit(rest, x)
+    gradient, length = downhill(problem, x, linearised), problem.merit(linearised.rest, x)
     wanted = (problem.goal / length.clamp(min=1e-300) / 2).clamp(min=_FORCING)
     found = least_squares(linearised, gradient, length, problem.damping, wanted, most)
     promising = found.residual < (1 - _STALLED) * length
     return replace(found, step=found.step * spread(promising, x))
+
+
+def downhill(problem: Problem, x: Tensor, linearised: Linearised) -> Tensor:
+    """(n, ...) the direction in which half the squared merit falls most steeply."""
+    pulled = linearised.pull(linearised.rest)
+    return pulled - spread(problem.damping.square(), x) * (x - problem.x0)
 
 
 def _descend(problem: Problem, search: Search, rows: Tensor, step: Tensor, merit: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fmce_ops.errors import ReverseError
-from fmce_ops.reverse.solver import norms, spread
+from fmce_ops.reverse.relus import Rectifier, Relus
+from fmce_ops.reverse.solver import norms
 
-_REACH = 3  # widths of a kink that a unit may rest below it and be woken
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu}
 _RELUS_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
@@ -57,12 +57,12 @@ class Output:
     ----------
     value : (n, ...).
     entry : (n, ...) what went into the ReLU that made the value, or None.
-    smoothed : whether ReLUs have the derivatives of smooth ones.
+    rectified : how many ReLUs there were.
     """
 
     value: Tensor
     entry: Tensor | None
-    smoothed: bool
+    rectified: int
 
     def rest(self, target: Tensor) -> Tensor:
         """(n, ...) what is missing to the target."""
@@ -72,24 +72,23 @@ class Output:
         """(n,) |target - output|."""
         return norms(target - self.value)
 
-    def before(self, target: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    def before(self, target: Tensor, relus: Relus) -> tuple[Tensor, Tensor]:
         """The value before a last ReLU and what is missing to the target there, (n, ...) each.
 
-        Units that rest within reach of the kink are pulled up where their target is above 0; the
-        others that rest are left alone, which is 0 in both.
+        Units that rest and are not to wake are left alone, which is 0 in both.
         """
         if self.entry is None:
             return self.value, self.rest(target)
         z = self.entry.detach()
-        kept = (z > 0) | ((target > 0) & (z > -_REACH * _kinks(z, width)))
-        return self.entry * kept, (target.clamp(min=0) - z) * kept
+        awake = relus.awake(z, target)
+        return self.entry * awake, (target.clamp(min=0) - z) * awake
 
 
-def output_of(module: nn.Module, x: Tensor, width: Tensor | None = None) -> Output:
+def output_of(module: nn.Module, x: Tensor, relus: Rectifier | None = None) -> Output:
     """Run the module on (n, ...) with the derivatives that `Linearised` needs."""
-    with sdpa_kernel(SDPBackend.MATH), _Rewritten(width) as rewritten:
+    with sdpa_kernel(SDPBackend.MATH), _Rewritten(relus) as rewritten:
         y = module(x.clone())  # its first operation may be in place
-    return Output(y, rewritten.entry if rewritten.exit is y else None, rewritten.smoothed)
+    return Output(y, rewritten.entry if rewritten.exit is y else None, rewritten.rectified)
 
 
 class Linearised:
@@ -100,14 +99,19 @@ class Linearised:
     module for every vector. Forward mode steps in where an operation has no second derivative.
 
     A unit that a ReLU holds at rest has no derivative, though a step may wake it. With ``target``
-    and ``width`` ReLUs get the derivative of a smooth one instead, which is 0 or 1 but near the
-    kink, and the value is taken before a last one, see `Output.before`.
+    and ``relus`` these stand in for the ReLUs, and the value is taken before a last one, see
+    `Output.before`.
 
     Parameters
     ----------
     module : maps one tensor to one tensor, sample by sample.
     target : (n, ...) where the output shall go.
-    width : (n,) of the kink, in units of the root mean square of what goes into the ReLU.
+    relus : what stands in for the ReLUs.
+
+    Attributes
+    ----------
+    output : what the module made of x.
+    rest : (n, ...) what is missing to the target.
     """
 
     def __init__(
@@ -115,13 +119,13 @@ class Linearised:
         module: nn.Module,
         x: Tensor,
         target: Tensor | None = None,
-        width: Tensor | None = None,
+        relus: Relus | None = None,
     ) -> None:
-        self._module, self._target, self._width = module, target, width
+        self._module, self._target, self._relus = module, target, relus
         self._x = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            self.output = output_of(module, self._x, width)
-            self._y = self._before(self.output)
+            self.output = output_of(module, self._x, relus)
+            self._y, self.rest = self._before(self.output)
         if not self._y.requires_grad:
             raise ReverseError(
                 f"{type(module).__name__} returned a tensor that no gradient comes back from: "
@@ -129,10 +133,11 @@ class Linearised:
             )
         self._seed: Tensor | None = None
 
-    def _before(self, made: Output) -> Tensor:
-        if self._target is None or self._width is None:
-            return made.value
-        return made.before(self._target, self._width)[0]
+    def _before(self, made: Output) -> tuple[Tensor, Tensor]:
+        if self._target is None or self._relus is None:
+            return made.value, torch.zeros_like(made.value)
+        value, rest = made.before(self._target, self._relus)
+        return value, rest.detach()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,8 +147,8 @@ class Linearised:
     def take(self, rows: Tensor) -> "Linearised":
         """The same for some of the samples."""
         target = None if self._target is None else self._target[rows]
-        width = None if self._width is None else self._width[rows]
-        return Linearised(self._module, self._x[rows], target, width)
+        relus = None if self._relus is None else self._relus.take(rows)
+        return Linearised(self._module, self._x[rows], target, relus)
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u: (n, ...) of the output -> (n, ...) of the input."""
@@ -163,8 +168,8 @@ class Linearised:
     def _forward_mode(self, v: Tensor) -> Tensor:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(self._x.detach(), v)
-            made = output_of(self._module, dual, self._width)
-            tangent = forward_ad.unpack_dual(self._before(made)).tangent
+            made = output_of(self._module, dual, self._relus)
+            tangent = forward_ad.unpack_dual(self._before(made)[0]).tangent
         return torch.zeros_like(self._y) if tangent is None else tangent
 
 
@@ -203,13 +208,13 @@ def _derivative(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> 
 class _Rewritten(TorchFunctionMode):
     """Same values; convolution and batch norm get second derivatives as cheap as the first.
 
-    PyTorch's own cost two to ten times that. Remembers what went in and out of the last ReLU; with
-    ``width`` the derivatives of ReLUs are smooth, see `Linearised`.
+    PyTorch's own cost two to ten times that. Counts ReLUs and remembers what went in and out of the
+    last; ``relus`` stand in for them.
     """
 
-    def __init__(self, width: Tensor | None) -> None:
+    def __init__(self, relus: Rectifier | None) -> None:
         super().__init__()
-        self.width, self.smoothed = width, False
+        self.relus, self.rectified = relus, 0
         self.entry = self.exit = torch.empty(0)
 
     def __torch_function__(
@@ -233,22 +238,14 @@ class _Rewritten(TorchFunctionMode):
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         self.entry = input.clone() if inplace else input
         self.exit = self._rectify(input, inplace)
+        self.rectified += 1
         return self.exit
 
     def _rectify(self, z: Tensor, inplace: bool) -> Tensor:
-        if self.width is None or len(z) % len(self.width):
+        if self.relus is None:
             return F.relu(z, inplace)
-        self.smoothed = True
-        slope = torch.sigmoid(z.detach() / _kinks(z.detach(), self.width))
-        y = F.relu(z.detach()) + (z - z.detach()) * slope
+        y = self.relus.rectify(z, self.rectified)
         return z.copy_(y) if inplace else y
-
-
-def _kinks(z: Tensor, width: Tensor) -> Tensor:
-    """(n, ...) into a ReLU -> (n, 1, ...) the width of its kink."""
-    rows = width.repeat_interleave(len(z) // len(width))
-    scale = rows * norms(z) / z[:1].numel() ** 0.5
-    return spread(scale.clamp(min=torch.finfo(z.dtype).tiny), z)
 
 
 def _convolve(
