@@ -21,7 +21,13 @@ from fmce_ops.files import atomic
 from fmce_ops.models import Classifier
 from fmce_ops.training.comparison import Interval
 
+LARGEST = 40.0  # inches
 _RAW, _SMOOTH, _MARK = "#9aa7b5", "#1f5fa8", "#c8401e"
+
+
+def plain(names: Sequence[str]) -> list[str]:
+    """Class names as matplotlib draws them; a dollar would begin a formula."""
+    return [name.replace("$", r"\$") for name in names]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -94,7 +100,7 @@ def _marker_panel(
 
 def confusion_figure(matrix: NDArray[np.int64], title: str, names: Sequence[str]) -> Figure:
     """(K, K) counts: row truth, column prediction, shaded by the share of the row."""
-    side = max(4.5, 0.55 * len(matrix) + 1.5)
+    names, side = plain(names), min(LARGEST, max(4.5, 0.55 * len(matrix) + 1.5))
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -145,7 +151,7 @@ def gradcam_figure(
     heat : (K, n, H, W) Grad-CAM of every phase, 0..1.
     points : the point of each phase.
     """
-    rows, columns = len(images), len(points) + 1
+    names, rows, columns = plain(names), len(images), len(points) + 1
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -242,7 +248,8 @@ def targets_figure(
                 side = picture.shape[0] - 0.5
                 extent = (-0.5, side, side, -0.5)
                 axis.imshow(heat, cmap="jet", alpha=0.5, extent=extent, vmin=0, vmax=1)
-        axes[i, 0].text(-0.1, 0.5, names[i], transform=axes[i, 0].transAxes, ha="right", fontsize=9)
+        name, place = plain(names)[i], axes[i, 0].transAxes
+        axes[i, 0].text(-0.1, 0.5, name, transform=place, ha="right", fontsize=9)
     return figure
 
 

@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fmce_ops.figures import LARGEST, plain
 from fmce_ops.training.adversarial import Detection
 from fmce_ops.training.pathways import Need
 
+_NAMED = 100  # classes whose names have room
 _COLOURS = {"paths": "#1f5fa8", "shared": "#2a9d6f", "pruned": "#c8401e", "dense": "#333333"}
 _WORDS = {
     "paths": "a path for each image",
@@ -73,7 +75,7 @@ def _line(axis: Axes, x: Sequence[float], y: Sequence[float], kind: str, word: s
 
 def similarity_figure(alike: Tensor, names: Sequence[str]) -> Figure:
     """Mean agreement of the paths of two images, by their classes (K, K)."""
-    side = max(4.5, 0.5 * len(names) + 1.5)
+    side = min(LARGEST, max(4.5, 0.5 * len(names) + 1.5))
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     values = 100 * alike.numpy()
     picture = axis.imshow(values, cmap="viridis")
@@ -98,7 +100,7 @@ def profiles_figure(profiles: Mapping[str, Tensor], names: Sequence[str]) -> Fig
     layers = [name for name, found in profiles.items() if found.min() < 1] or list(profiles)[-1:]
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
-    height = rows * (0.09 * len(names) + 0.55) + 0.6
+    height = min(LARGEST, rows * (0.09 * len(names) + 0.55) + 0.6)
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.4 * columns, height), squeeze=False, layout="constrained"
     )
@@ -112,7 +114,8 @@ def profiles_figure(profiles: Mapping[str, Tensor], names: Sequence[str]) -> Fig
         axis.set_xticks([])
         axis.set_yticks([])
     for axis in axes[:, 0]:
-        axis.set_yticks(range(len(names)), names, fontsize=5)
+        if len(names) <= _NAMED:
+            axis.set_yticks(range(len(names)), plain(names), fontsize=5)
     figure.colorbar(picture, ax=axes, label="share of the class's images", shrink=0.6, aspect=40)
     figure.suptitle("Filters (columns) that each class (rows) opens, where some are ever closed")
     return figure
@@ -185,7 +188,8 @@ def path_figure(
     layers.set(xlabel="open filters, %", xlim=(0, 100), title="Its path")
     order = agreement.argsort(descending=True)[:10]
     classes.barh(np.arange(len(order)), 100 * agreement[order], color=_COLOURS["shared"])
-    labels = [f"{names[i]} (p {float(probabilities[i]):.2f})" for i in order.tolist()]
+    words = plain(names)
+    labels = [f"{words[i]} (p {float(probabilities[i]):.2f})" for i in order.tolist()]
     classes.set_yticks(np.arange(len(order)), labels, fontsize=8)
     classes.invert_yaxis()
     low = 100 * float(torch.amin(agreement[order]))
@@ -194,7 +198,9 @@ def path_figure(
 
 
 def _class_ticks(axis: Axes, names: Sequence[str], both: bool = False) -> None:
-    turned = 45 if max(map(len, names)) > 3 else 0
-    axis.set_xticks(range(len(names)), names, rotation=turned, fontsize=8)
+    if len(names) > _NAMED:
+        return
+    words, turned = plain(names), 45 if max(map(len, names)) > 3 else 0
+    axis.set_xticks(range(len(names)), words, rotation=turned, fontsize=8)
     if both:
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_yticks(range(len(names)), words, fontsize=8)
