@@ -53,6 +53,25 @@ def test_the_same_key_finds_its_folder_again(project):
         assert json.loads((path / "key.json").read_text()) == KEY
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "\x00"])
+@pytest.mark.parametrize("name", ["run.json", "finished.json"])
+def test_damage_in_a_work_folder_says_what_to_remove(project, name, text):
+    path = leave(project)
+    (path / name).write_text(text)
+    with (
+        pytest.raises(DiskError, match=rf"{name} is damaged .*: remove .*train-"),
+        open_work(project, "train", KEY) as work,
+    ):
+        assert work.run_id
+
+
+def test_the_run_of_a_work_folder_is_remembered(project):
+    with open_work(project, "train", KEY) as work:
+        assert work.run_id is None
+        work.remember_run("0ab1")
+        assert work.run_id == "0ab1"
+
+
 @pytest.mark.parametrize(
     ("stage", "key"),
     [
@@ -253,7 +272,9 @@ def test_a_missing_file_is_found(folder):
         vouched(folder)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"sha256": ["a.txt"]}', "\x00"])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "{}", "[]", '{"sha256": ["a.txt"]}', '{"sha256": {}}', "\x00"]
+)
 def test_a_folder_without_a_good_manifest_is_not_trusted(folder, text):
     (folder / "manifest.json").unlink()
     if text is not None:

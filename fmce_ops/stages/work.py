@@ -37,7 +37,7 @@ class Work:
     def run_id(self) -> str | None:
         """The tracked run that this work belongs to, where one was opened."""
         file = self.path / _RUN
-        return str(json.loads(file.read_text())["run_id"]) if file.exists() else None
+        return _kept(file).get("run_id") if file.exists() else None
 
     def remember_run(self, run_id: str) -> None:
         """A repeated stage goes on in this run."""
@@ -97,12 +97,25 @@ def _drop_finished(project: Path, mine: Path) -> None:
     for finished in (project / FOLDER).glob(f"*/{_FINISHED}"):
         folder = finished.parent
         if folder == mine:
-            if _recorded(json.loads(finished.read_text())):
+            if _recorded(_kept(finished)):
                 shutil.rmtree(folder)
             continue
         with contextlib.suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
             shutil.rmtree(folder)  # a folder that is held is being repeated: it stays
             folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _kept(file: Path) -> dict[str, str]:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(kept, dict):
+            return kept
+        reason = "it holds no object"
+    except (OSError, ValueError) as error:
+        reason = disk_reason(error) if isinstance(error, OSError) else str(error)
+    raise DiskError(
+        f"{file} is damaged ({reason}): remove {file.parent}; the stage then starts anew."
+    )
 
 
 def _recorded(outputs: Mapping[str, str]) -> bool:
@@ -174,6 +187,8 @@ def vouched(folder: Path) -> list[Path]:
     try:
         digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         wrong = [name for name in digests if file_digest(folder / name) != digests[name]]
+        if not digests:
+            raise ValueError(f"{MANIFEST} names no file")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder} is not complete ({error}): run 'dvc repro' or 'dvc pull' again."
