@@ -187,6 +187,13 @@ def test_a_network_that_cannot_run_alone_is_refused() -> None:
         compact(held(network, torch.ones(4)))
 
 
+def test_codes_of_another_network_are_refused() -> None:
+    network = attach(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    for run in (fixed, held):
+        with pytest.raises(ModelError, match="do not fit a network of 4 gates"):
+            run(network, torch.ones(5, dtype=torch.bool))
+
+
 def test_a_network_without_gates_has_no_paths() -> None:
     with pytest.raises(ModelError, match="has no gates"):
         path_codes(models.resnet18(), images(1))

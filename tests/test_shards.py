@@ -125,8 +125,9 @@ def test_a_value_beyond_float16_names_phase_and_image_and_the_way_out(tmp_path, 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_value_that_is_not_finite_names_phase_and_image(tmp_path, value, dtype):
-    maps = np.array([1.0, value], np.float32).reshape(2, 1, 1, 1)
+@pytest.mark.parametrize("given", ["<f4", ">f4", np.longdouble])
+def test_a_value_that_is_not_finite_names_phase_and_image(tmp_path, value, dtype, given):
+    maps = np.array([1.0, value], given).reshape(2, 1, 1, 1)
     with pytest.raises(ShardError, match="Phase 3, image 41: the feature map is not finite"):
         write(tmp_path, maps, dtype=dtype)
     assert list(tmp_path.iterdir()) == []

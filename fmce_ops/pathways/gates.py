@@ -146,10 +146,21 @@ def gated_layers(network: nn.Module) -> dict[str, Gated]:
 
 
 def split_code(network: nn.Module, codes: Tensor) -> dict[str, Tensor]:
-    """Codes (..., gates) as one part (..., filters) for each gated convolution."""
+    """Codes (..., gates) as one part (..., filters) for each gated convolution.
+
+    Raises
+    ------
+    ModelError
+        The codes are those of another network.
+    """
     layers = gated_layers(network)
-    parts = codes.split([gated.conv.out_channels for gated in layers.values()], dim=-1)
-    return dict(zip(layers, parts, strict=True))
+    filters = [gated.conv.out_channels for gated in layers.values()]
+    if codes.shape[-1:] != (sum(filters),):
+        raise ModelError(
+            f"codes of shape {tuple(codes.shape)} do not fit a network of {sum(filters)} gates: "
+            "give codes that path_codes read from it."
+        )
+    return dict(zip(layers, codes.split(filters, dim=-1), strict=True))
 
 
 @dataclass

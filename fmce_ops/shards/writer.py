@@ -178,9 +178,11 @@ class ShardWriter:
             if (bits[first : first + step] & magnitude).max() >= limit:
                 largest = (bits[first : first + step] & magnitude).max(axis=1)
                 row = first + int(np.argmax(largest >= limit))
-                self._refuse(torch.as_tensor(maps[row]), int(index[row]))
+                self._refuse(maps[row], int(index[row]))
 
-    def _refuse(self, image: torch.Tensor, number: int) -> NoReturn:
+    def _refuse(self, given: Any, number: int) -> NoReturn:
+        tensor = isinstance(given, torch.Tensor)
+        image = given.detach() if tensor else torch.from_numpy(np.asarray(given, np.float64))
         where = f"Phase {self._layout.phase}, image {number}"
         if torch.isfinite(image).all():
             raise ShardError(

@@ -181,7 +181,7 @@ def _tradeoff(dense: Judged, outcomes: Sequence[Outcome], chosen: Outcome) -> di
 
 def _learnt(study: Study, network: nn.Module) -> tuple[Tensor, Tensor]:
     """Codes and labels of training images."""
-    pixels, labels = study.images.read("train", 0, study.images.counts["train"])
+    pixels, labels = study.images.load("train")
     device = study.fabric.device
     parts = pixels.split(_READ)
     codes = [path_codes(network, study.pixels.input(part.to(device))).cpu() for part in parts]
