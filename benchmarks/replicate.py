@@ -635,7 +635,11 @@ def commit() -> str:
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(RESULTS.parents[1]), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git on this machine
+            return ""
+        return done.stdout.strip()
 
     dirty = git("status", "--porcelain", "--untracked-files=no")
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if dirty else "")
