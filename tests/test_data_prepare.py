@@ -269,6 +269,12 @@ class TestImageFolder:
         with pytest.raises(DataError, match=r"cat/1\.png.*convert it to 8 bits"):
             make("image-folder", tmp_path / "images.h5", folder)
 
+    def test_pictures_without_class_folders_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "flat" / "train").mkdir(parents=True)
+        noise_image(tmp_path / "flat" / "train" / "a.png", 20, 20)
+        with pytest.raises(DataError, match="train has no folder of a class"):
+            make("image-folder", tmp_path / "images.h5", tmp_path / "flat")
+
     def test_missing_and_surplus_classes_are_named(self, folder: Path, tmp_path: Path) -> None:
         noise_image(folder / "test" / "cat" / "a.png", 20, 20)
         with pytest.raises(DataError, match="'dog' has no image in the split 'test'"):

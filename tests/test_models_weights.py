@@ -9,6 +9,7 @@ import torch
 from fmce_ops.errors import ModelError
 from fmce_ops.files import file_digest
 from fmce_ops.models import build, load_into, load_weights, save_weights
+from fmce_ops.models.weights import load_checkpoint
 from torch import nn
 
 WORDS = {"epoch": "3", "phase": "1", "dataset": "digits", "note": '\u00e9\n"'}
@@ -84,3 +85,10 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     with pytest.raises(ModelError, match=message):
         load_into(module, path)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["embedding", "module.embedding"])
+def test_one_tensor_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
+    torch.save({name: torch.zeros(3)}, tmp_path / "one.pt")
+    with pytest.raises(ModelError):
+        load_checkpoint(nn.Sequential(nn.Linear(2, 2)), tmp_path / "one.pt")

@@ -185,6 +185,11 @@ def _image_folder(root: Path) -> Source:
             "lay the images out as <split>/<class>/<image> with a split 'train'."
         )
     classes = _class_names(root / "train")
+    if not classes:
+        raise DataError(
+            f"{root / 'train'} has no folder of a class: "
+            "lay the images out as <split>/<class>/<image>."
+        )
     splits: dict[str, Split] = {
         name: _folder_split(root / name, classes)
         for name in ("train", "val", "test")

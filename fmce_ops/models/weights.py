@@ -103,7 +103,10 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
 def _unwrapped(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Without the names that stand in front of all, and of no weight of the module."""
     own = {str(name).partition(".")[0] for name in module.state_dict()}
-    while len(first := {str(name).partition(".")[0] for name in state}) == 1 and not first <= own:
+    while all("." in str(name) for name in state):
+        first = {str(name).partition(".")[0] for name in state}
+        if len(first) != 1 or first <= own:
+            break
         state = {str(name).partition(".")[2]: value for name, value in state.items()}
     return state
 
