@@ -5,8 +5,6 @@ python benchmarks/fmce_net.py --write    # and keep it in benchmarks/fmce_net.md
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from fmce_ops.models import FmceNet
 from torch import nn
+
+from machine import cores
 
 CHANNELS, PHASES, BATCH = 1024, 10, 64
 
@@ -63,7 +63,7 @@ def report(repetitions: int) -> str:
         rows.append(f"| {side} x {side} | {theirs:.3f} | {ours:.3f} | {theirs / ours:.1f} |")
     return f"""# FMCE-Net on small maps
 
-`python benchmarks/fmce_net.py --write`; {platform.machine()}, {os.cpu_count()} cores, \
+`python benchmarks/fmce_net.py --write`; {cores()}, \
 torch {torch.__version__}, {torch.get_num_threads()} threads. A training step of {BATCH} maps of \
 {CHANNELS} channels, median of {repetitions}. Maps of 4 x 4 take torch's convolution in both.
 

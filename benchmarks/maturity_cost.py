@@ -5,8 +5,6 @@ python benchmarks/maturity_cost.py --write    # and keep it in benchmarks/maturi
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +15,8 @@ import torch.nn.functional as F
 from fmce_ops.maturity import describe
 from fmce_ops.models import Classifier, build
 from fmce_ops.tracking.monitor import MaturityMonitor
+
+from machine import cores
 
 IMAGES, SIDE, BATCH = 8192, 32, 64  # of the training loop
 SCORED = 256
@@ -49,7 +49,7 @@ def report(repetitions: int) -> str:
     each = statistics.median(described)
     return f"""# What maturity costs
 
-`python benchmarks/maturity_cost.py --write`; {platform.machine()}, {os.cpu_count()} cores, \
+`python benchmarks/maturity_cost.py --write`; {cores()}, \
 torch {torch.__version__}; median of {repetitions} repetitions.
 
 | what | seconds | goal |

@@ -8,8 +8,6 @@ larger store is larger than the peak, so that memory that grew with the images w
 """
 
 import argparse
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -17,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 from fmce_ops.files import write_json
+
+from machine import cores
 
 IMAGES, PHASES, SHAPE = 1000, 3, (1024, 7, 7)  # at 10x: 3.0 GB of maps
 
@@ -51,8 +51,8 @@ def report() -> str:
     table = "\n".join(rows)
     return f"""# Memory
 
-`python benchmarks/memory.py --write`; {platform.processor() or platform.machine()}, \
-{os.cpu_count()} cores. Peak resident memory of the process in MiB for {IMAGES} and for \
+`python benchmarks/memory.py --write`; {cores()}. Peak resident memory of the \
+process in MiB for {IMAGES} and for \
 {10 * IMAGES} images, {PHASES} phases of {" x ".join(map(str, SHAPE))} float16; at the larger size \
 the maps are {maps:.0f} MiB.
 

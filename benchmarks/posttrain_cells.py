@@ -13,7 +13,6 @@ among them.
 
 import argparse
 import copy
-import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from fmce_ops.reverse import nearest_logits, reverse
 from fmce_ops.training.comparison import paired
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
+
+from machine import processor
 
 PRETRAIN_RATE, TEMPERATURE = 2e-3, 3.0
 AT_ONCE = 1024  # images that are judged together
@@ -360,7 +361,7 @@ def table(name: str, counts: dict[str, int], found: dict[str, list[float]], opti
 
 def machine() -> str:
     """What it ran on."""
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor()
 
 
 def words(mean: float, low: float | None, high: float | None) -> str:

@@ -9,8 +9,6 @@ stage alone through the frozen network, and the stage's own training from stored
 
 import argparse
 import copy
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +23,8 @@ from fmce_ops.training.posttrain import Job, PosttrainPlan, Stores, judge_images
 from fmce_ops.training.reporter import Reporters
 from fmce_ops.training.targets import Span, TargetSettings, find_span, write_targets
 from torch.utils.flop_counter import FlopCounterMode
+
+from machine import cores
 
 SIZE, BATCH, NETWORKS = 32, 128, ("resnet18", "shufflenet_v2_x0_5")
 
@@ -44,9 +44,9 @@ def main() -> None:
             counts = images.counts["train"]
     text = f"""# Post-training: cost
 
-`python benchmarks/posttrain_cost.py --write`; {platform.processor() or platform.machine()}, \
-{os.cpu_count()} cores, torch {torch.__version__}. {counts} digits at {SIZE} px, small stem, batch \
-{BATCH}, {options.epochs} epochs of AdamW; random weights with calibrated batch norm, so nearly \
+`python benchmarks/posttrain_cost.py --write`; {cores()}, \
+torch {torch.__version__}. {counts} digits at {SIZE} px, small stem, batch {BATCH}, \
+{options.epochs} epochs of AdamW; random weights with calibrated batch norm, so nearly \
 every image has a target to solve for. Multiply-adds: of one image, forward and backward.
 
 | network | trained | seconds | multiply-adds, millions | share of end-to-end time | goal |

@@ -73,6 +73,8 @@ from fmce_ops.training.reporter import Row
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
+from machine import processor
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SPLITS = {"image": split_by_image, "paper": split_paper}
 PHASES, TEST, VALIDATION = 10, 0.25, 0.1
@@ -620,14 +622,7 @@ def hardware(fabric: Fabric) -> str:
     """What the cell ran on."""
     if fabric.device.type == "cuda":
         return torch.cuda.get_device_name(fabric.device)
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    pairs = dict(reversed([line.split(":", 1) for line in lines if ":" in line]))
-    facts = {name.strip(): value.strip() for name, value in pairs.items()}
-    name = facts.get("model name", platform.machine())
-    if {"cpu family", "model"} <= set(facts):  # names are often shortened, numbers are not
-        name += f" (family {facts['cpu family']}, model {facts['model']})"
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
@@ -765,14 +760,14 @@ def rows_two(found: dict[str, Any]) -> list[str]:
         words = "images" if split == "image" else "maps"
         start = f"| {found['cell']} | {label(found)} | {words} | "
         late = late_errors(np.array(figures["confusion"]))
-        rows.append(f"{start}{' | '.join(cells)} | {over:+.4f} | {late:.2f} |")
+        rows.append(f"{start}{' | '.join(cells)} | {over:+.4f} | {late} |")
     return rows
 
 
-def late_errors(confusion: NDArray[np.int64]) -> float:
-    """Share of the misjudged maps that lie between the last two phases."""
+def late_errors(confusion: NDArray[np.int64]) -> str:
+    """Share of the misjudged maps that lie between the last two phases; empty if none is."""
     errors = confusion.sum() - confusion.trace()
-    return float((confusion[-2, -1] + confusion[-1, -2]) / max(errors, 1))
+    return f"{(confusion[-2, -1] + confusion[-1, -2]) / errors:.2f}" if errors else ""
 
 
 def row_cost(found: dict[str, Any]) -> str:

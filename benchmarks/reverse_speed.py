@@ -8,8 +8,6 @@ python benchmarks/reverse_speed.py --write    # and keeps it in benchmarks/rever
 import argparse
 import math
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import time
@@ -25,6 +23,8 @@ from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
+
+from machine import cores
 
 BATCH = 16
 CHANNELS = (32, 16)  # wide, so that every target is reached
@@ -79,13 +79,7 @@ def report(repetitions: int) -> str:
 
 def hardware() -> str:
     """One line on what the figures were taken with."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} used, {name}, torch {torch.__version__}"
-    )
+    return f"{cores()}, {torch.get_num_threads()} used, torch {torch.__version__}"
 
 
 def convolution_row(size: int, repetitions: int) -> str:

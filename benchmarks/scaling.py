@@ -10,7 +10,6 @@ epoch of FMCE-Net on all of them. Memory is the kernel's figure for the largest 
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -33,6 +32,8 @@ from fmce_ops.training.features import Extraction, extract
 from fmce_ops.training.fmce import FmcePlan, train_fmce
 from fmce_ops.training.reporter import Reporters
 from PIL import Image
+
+from machine import cores
 
 SIZE, BATCH = 64, 64
 STEPS = ("train", "features", "fmce")
@@ -86,8 +87,8 @@ def report() -> str:
         rows.append(f"| {case.name} | {seconds} | {disk:.0f} | {memory:.0f} |")
     return f"""# Larger cells
 
-`python benchmarks/scaling.py --write`; {platform.machine()}, {os.cpu_count()} cores, torch \
-{torch.__version__}. ShuffleNet V2 x0.5 at {SIZE} px, images of noise, one epoch each of the \
+`python benchmarks/scaling.py --write`; {cores()}, \
+torch {torch.__version__}. ShuffleNet V2 x0.5 at {SIZE} px, images of noise, one epoch each of the \
 original task and of FMCE-Net; seconds without the start of the process, MiB of shards, MiB of \
 memory at the peak of the largest process.
 

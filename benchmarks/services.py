@@ -1,4 +1,5 @@
-"""A remote behind the S3 API, and a tracking server on PostgreSQL that ten stages log to at once.
+"""A remote behind the S3 API, a tracking server on PostgreSQL that ten stages log to at once, and
+the commands of the plan for ImageNet-1k in docs/scaling.md, on digits.
 
 pip install 'moto[server]' dvc-s3 psycopg2-binary    # and PostgreSQL's programs on the PATH
 python benchmarks/services.py            # print what was found
@@ -8,8 +9,8 @@ Everything runs in a temporary folder and on the loopback, and is stopped at the
 """
 
 import argparse
+import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -18,14 +19,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from machine import cores
+
 STAGES = 10
 EPOCHS = 4
+BUCKET = "bucket"
+CHAMPION = "models:/fmce-net@champion"
 
 
 def main() -> None:
@@ -38,8 +44,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         folder.chmod(0o755)  # the database runs as another user
-        project = new_project(folder / "project")
-        text = "\n".join([head(), remote(project, stack), tracking(folder, stack)])
+        store = stack.enter_context(object_store())
+        address = stack.enter_context(database(folder))
+        parts = remote(folder, store), tracking(folder, address), plan(folder, store, address)
+        text = "\n".join([head(), *parts])
     print(text)
     if given.write:
         Path(__file__).with_suffix(".md").write_text(text)
@@ -49,7 +57,7 @@ def head() -> str:
     """What was measured, where."""
     return f"""# A remote and a tracking server
 
-`python benchmarks/services.py --write`; {platform.machine()}, {os.cpu_count()} cores, everything \
+`python benchmarks/services.py --write`; {cores()}, everything \
 on the loopback of one machine, so that network and disk of real services are not in it.
 """
 
@@ -79,21 +87,32 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def new_project(folder: Path) -> Path:
     """A repository with this pipeline, and a short training."""
-    folder.mkdir(parents=True)
-    run(folder, "git", "init", "-q")
-    run(folder, "fmce-ops", "init")
-    change(folder, seed=0)
+    new_repository(folder)
+    shorten(folder, seed=0)
     save(folder)
     return folder
 
 
-def change(project: Path, seed: int) -> None:
-    """A training of its own."""
+def new_repository(folder: Path) -> Path:
+    """A repository with this pipeline as it comes."""
+    folder.mkdir(parents=True)
+    run(folder, "git", "init", "-q")
+    run(folder, "fmce-ops", "init")
+    return folder
+
+
+def shorten(project: Path, seed: int) -> None:
+    """A short training of its own."""
+    train = {"epochs": EPOCHS, "seed": seed}
+    change(project, data={"per_class": 60}, train=train, markers={"phases": 2})
+
+
+def change(project: Path, **groups: dict[str, Any]) -> None:
+    """Set parameters."""
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
-    params["data"]["per_class"] = 60
-    params["train"] |= {"epochs": EPOCHS, "seed": seed}
-    params["markers"]["phases"] = 2
+    for group, values in groups.items():
+        params[group] |= values
     path.write_text(yaml.safe_dump(params))
 
 
@@ -142,22 +161,33 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit(f"{process.args} did not start")
 
 
-def remote(project: Path, stack: ExitStack) -> str:
-    """Push the FMCS shards to S3, clone elsewhere, pull; compare, and time."""
+@contextmanager
+def object_store() -> Iterator[str]:
+    """The S3 API with one bucket, `BUCKET`; its address."""
     import boto3
 
     port = free_port()
-    stack.enter_context(
-        server([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port)
-    )
-    url = f"http://127.0.0.1:{port}"
-    secrets = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
-    os.environ |= {**secrets, "AWS_DEFAULT_REGION": "us-east-1"}
-    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="shards")
-    run(project, "dvc", "repro", "features")
-    run(project, "dvc", "remote", "add", "-d", "store", "s3://shards/project")
-    run(project, "dvc", "remote", "modify", "store", "endpointurl", url)
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    with server(words, port):
+        url = f"http://127.0.0.1:{port}"
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=BUCKET)
+        yield url
+
+
+def add_remote(project: Path, store: str) -> None:
+    """The bucket, as DVC's default remote."""
+    run(project, "dvc", "remote", "add", "-d", "store", f"s3://{BUCKET}/{project.name}")
+    run(project, "dvc", "remote", "modify", "store", "endpointurl", store)
     save(project)
+
+
+def remote(folder: Path, store: str) -> str:
+    """Push the FMCS shards to S3, clone elsewhere, pull; compare, and time."""
+    project = new_project(folder / "project")
+    run(project, "dvc", "repro", "features")
+    add_remote(project, store)
     pushed = seconds(lambda: run(project, "dvc", "push"))
     clone = project.with_name("clone")
     run(project, "git", "clone", "-q", str(project), str(clone))
@@ -196,15 +226,27 @@ def database(folder: Path) -> Iterator[str]:
         yield f"postgresql+psycopg2://fmce@127.0.0.1:{port}/postgres"
 
 
-def tracking(folder: Path, stack: ExitStack) -> str:
-    """Ten trainings log at once to a server over HTTP; nothing may be lost."""
-    address = stack.enter_context(database(folder))
+@contextmanager
+def tracking_server(address: str, artifacts: str, *words: str, **variables: str) -> Iterator[str]:
+    """``mlflow server`` on the database; its address."""
     port = free_port()
-    words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "2"]
-    words += ["--backend-store-uri", address, "--artifacts-destination", str(folder / "artifacts")]
-    stack.enter_context(server(words, port))
-    uri = f"http://127.0.0.1:{port}"
-    wait_until_healthy(uri)
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "2"]
+    command += ["--backend-store-uri", address, "--artifacts-destination", artifacts, *words]
+    command += ["--allowed-hosts", f"127.0.0.1:{port}"]
+    with server(command, port, env={**os.environ, **variables}):
+        uri = f"http://127.0.0.1:{port}"
+        wait_until_healthy(uri)
+        yield uri
+
+
+def tracking(folder: Path, address: str) -> str:
+    """Ten trainings log at once to a server over HTTP; nothing may be lost."""
+    with tracking_server(address, str(folder / "artifacts")) as uri:
+        return trainings(folder, uri)
+
+
+def trainings(folder: Path, uri: str) -> str:
+    """One alone, ten with stores of their own, and ten to the server."""
     alone = new_project(folder / "alone")
     run(alone, "fmce-ops", "prepare", MLFLOW_TRACKING_URI=uri)
     single = seconds(lambda: run(alone, "fmce-ops", "train", MLFLOW_TRACKING_URI=uri))
@@ -233,6 +275,62 @@ All {STAGES} runs are FINISHED on the server, each with the very losses of its `
 """
 
 
+def plan(folder: Path, store: str, address: str) -> str:
+    """The plan's commands in its order, two processes in place of its machines and GPUs."""
+    project = new_repository(folder / "plan")
+    change(project, train={"batch_size": 32})  # of each process, so that it is 64 together
+    save(project)
+    add_remote(project, store)
+    shared = folder / "plan.git"
+    run(folder, "git", "clone", "-q", "--bare", str(project), str(shared))
+    run(project, "git", "remote", "add", "origin", str(shared))
+    artifacts = f"s3://{BUCKET}/mlflow"
+    with tracking_server(address, artifacts, MLFLOW_S3_ENDPOINT_URL=store) as uri:
+
+        def step(*words: str) -> str:
+            return run(project, *words, MLFLOW_TRACKING_URI=uri)
+
+        def processes(port: int, *words: str) -> str:
+            fabric = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp"]
+            fabric += ["--main-port", str(port), *words[:-1]]
+            return step(*fabric, str(shutil.which("fmce-ops")), words[-1])
+
+        step("dvc", "repro", "prepare")
+        step("dvc", "push")
+        port, nodes = free_port(), ("--num-nodes", "2", "--main-address", "127.0.0.1")
+        with ThreadPoolExecutor() as machines:
+            ranks = "01"
+            list(machines.map(lambda r: processes(port, *nodes, "--node-rank", r, "train"), ranks))
+        step("dvc", "commit", "-f", "train")
+        step("dvc", "repro", "markers")
+        for stage in ("features", "fmce"):
+            processes(free_port(), "--devices", "2", stage)
+            step("dvc", "commit", "-f", stage)
+        step("dvc", "push")
+        save(project)
+        step("git", "push", "-q", "origin", "HEAD")
+        status = step("dvc", "status", "fmce")
+        assert "up to date" in status, status
+        judged = json.loads(step("fmce-ops", "evaluate", "--model-uri", CHAMPION, "--json"))
+    clone = folder / "elsewhere"
+    run(folder, "git", "clone", "-q", str(shared), str(clone))
+    run(clone, "dvc", "pull", "data/images.h5", "data/fmcs")
+    run(clone, "fmce-ops", "shards", "verify")
+    return f"""## The plan for ImageNet-1k, on digits
+
+The commands of [the plan](../docs/scaling.md#a-plan-for-imagenet-1k) in its order, with a process \
+on the CPU in place of each GPU, all on one machine, and the parameters that `fmce-ops init` \
+writes: `dvc repro prepare`, `dvc push`; `train` under two `fabric run`, of one process each and \
+with `--num-nodes 2`, that share a folder; `dvc repro markers`; `features` and `fmce` under \
+`fabric run --devices 2`, and `dvc commit -f` behind all three; `dvc push`, `git push`. Outputs \
+and models lie behind the S3 API, runs and registry in PostgreSQL behind `mlflow server`. \
+Afterwards \
+`dvc status fmce` is clean, `fmce-ops evaluate --model-uri {CHAMPION}` loads the registered model \
+and judges {judged["accuracy"]:.1%} of {judged["count"]} test maps right, and a clone that pulls \
+`data/images.h5` and `data/fmcs` verifies every byte of the shards.
+"""
+
+
 def wait_until_healthy(uri: str) -> None:
     """The port is open before the database is laid out."""
     import urllib.error
@@ -251,7 +349,7 @@ def wait_until_healthy(uri: str) -> None:
 def copy(project: Path, folder: Path, seed: int) -> Path:
     """The prepared project with another seed of training."""
     shutil.copytree(project, folder, symlinks=True)
-    change(folder, seed)
+    shorten(folder, seed)
     shutil.rmtree(folder / ".fmce", ignore_errors=True)
     return folder
 

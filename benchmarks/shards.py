@@ -8,8 +8,6 @@ cache, so that the disk does not hide the difference.
 """
 
 import argparse
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -33,6 +31,8 @@ from fmce_ops.shards import (
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
+
+from machine import cores
 
 SHAPE = (1024, 4, 4)  # ShuffleNet V2 x1.0 on 32 px
 IMAGES = 8192  # 256 MiB of maps
@@ -89,12 +89,8 @@ def report(folder: Path, repetitions: int) -> str:
 
 def hardware() -> str:
     """One line on what the figures were taken with."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor()
     versions = f"torch {torch.__version__}, h5py {h5py.__version__}, NumPy {np.__version__}"
-    return f"{os.cpu_count()} cores, {model}, {versions}"
+    return f"{cores()}, {versions}"
 
 
 def random_maps(images: int) -> Maps:

@@ -6,12 +6,12 @@ python benchmarks/startup.py PROJECT --stages   # run each stage of the pipeline
 """
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import time
 from pathlib import Path
+
+from machine import cores
 
 GOALS = {  # of what stands beside feature map convergence evaluation
     "posttrain": "under 90 s",
@@ -44,7 +44,7 @@ def report(project: Path, repetitions: int, stages: bool) -> str:
     return f"""# Commands
 
 `python benchmarks/startup.py PROJECT --stages --write`; \
-{platform.processor() or platform.machine()}, {os.cpu_count()} cores. Wall-clock, median; \
+{cores()}. Wall-clock, median; \
 `dvc repro` with nothing to do. A stage is run anew by `dvc repro --single-item --force`; \
 feature map convergence evaluation is all but {", ".join(GOALS)}.
 

@@ -11,7 +11,6 @@ same training with everything logged and with nothing logged.
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,8 @@ from fmce_ops.training.reporter import Reporter, Reporters
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+
+from machine import cores
 
 SIZES, BATCH, PAD = (16, 32), 128, 2  # 16 px is the default of params.yaml
 
@@ -55,9 +56,9 @@ def report(images: Images, repetitions: int, epochs: int) -> str:
     cost = statistics.median(tracking_cost(images, epochs) for _ in range(3))
     return f"""# Training and tracking
 
-`python benchmarks/training.py --write`; {platform.processor() or platform.machine()}, \
-{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads. \
-ShuffleNet V2 x0.5, small stem, digits, batch {BATCH}; one epoch a repetition, {repetitions} \
+`python benchmarks/training.py --write`; {cores()}, torch {torch.__version__}, \
+{torch.get_num_threads()} threads. ShuffleNet V2 x0.5, small stem, digits, batch {BATCH}; one \
+epoch a repetition, {repetitions} \
 repetitions in turn, medians.
 
 | px | loop | images per second | ours over it | goal |
