@@ -447,9 +447,9 @@ def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: Mo
 
 
 def test_a_bare_machine_is_enough() -> None:
-    code = "import runpy, sys; sys.modules.update(dict.fromkeys({!r})); "
+    code = "import runpy, sys; sys.modules.update(dict.fromkeys({!r})); sys.path.insert(0, {!r}); "
     code += "sys.argv = ['x', '--help']; runpy.run_path({!r}, run_name='__main__')"
-    code = code.format(ABSENT, str(SCRIPT))
+    code = code.format(ABSENT, str(SCRIPT.parent), str(SCRIPT))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert CELL in done.stdout
