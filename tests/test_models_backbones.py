@@ -126,8 +126,15 @@ def test_a_classifier_comes_untouched_and_ready_to_train() -> None:
         ({"backbone": "resnet18", "cut": "layer9"}, r"no submodule 'layer9'.*layer1, layer2"),
         ({"backbone": "resnet18", "cut": "fc"}, r"'fc' of 'resnet18' gives \(N, 10\).*layer4"),
         ({"backbone": "swin_t"}, r"'swin_t' has no cut of its own.*permute"),
+        (
+            {"backbone": "swin_t", "cut": "norm"},
+            r"'norm' of 'swin_t' gives \(N, 2, 2, 768\).*permute",
+        ),
         ({"backbone": "alexnet", "in_size": 16}, r"'alexnet' .*'features' that runs on .* 16 px"),
-        ({"backbone": "no_such_module:net"}, r"could not be found \(No module named"),
+        (
+            {"backbone": "no_such_module:net"},
+            r"could not be found \(ModuleNotFoundError: No module",
+        ),
         ({"backbone": "torchvision.models:no_such_net"}, r"could not be found"),
         ({"backbone": "math:sqrt"}, r"could not be made.*num_classes"),
         ({"backbone": "builtins:dict"}, r"made a dict: return a torch\.nn\.Module"),
@@ -165,6 +172,21 @@ class Untraceable(Residual):
             x = x / 2
         return super().forward(x)
 
+class Twice(Residual):
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc(self.body(self.body(x)).mean(dim=(2, 3)))
+
+class Headed(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Conv2d(3, 8, 3)
+        self.body = nn.Conv2d(8, 8, 3)
+
+class Failing(Residual):
+    def forward(self, x):
+        return self.body(self.stem(x).missing())
+
 def residual(num_classes):
     return Residual(num_classes)
 
@@ -199,6 +221,27 @@ class TestOwnNetworks:
     def test_a_network_that_cannot_be_traced_is_refused(self) -> None:
         with pytest.raises(ModelError, match=r"cannot be cut at 'norm', for its layers"):
             build("own_networks:untraceable", 5, cut="norm", in_size=16)
+
+    @pytest.mark.parametrize(
+        ("network", "cut", "message"),
+        [
+            ("Twice", "body", r"'body' of '.*' runs 2 times .* one of stem\.$"),
+            ("Headed", "body", r"has a module 'head' before its cut"),
+            (
+                "Failing",
+                "norm",
+                r"'norm' that runs .* px \(AttributeError: .*missing.*one of stem\.$",
+            ),
+        ],
+    )
+    def test_what_its_code_does_is_met_at_the_door(self, network, cut, message) -> None:
+        with pytest.raises(ModelError, match=message):
+            build(f"own_networks:{network}", 5, cut=cut, in_size=16)
+
+    def test_a_module_that_does_not_import_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "own_networks.py").write_text("1 / 0")
+        with pytest.raises(ModelError, match=r"could not be found \(ZeroDivisionError"):
+            build("own_networks:residual", 5, cut="norm", in_size=16)
 
     def test_without_a_cut_the_candidates_are_listed(self) -> None:
         with pytest.raises(ModelError, match=r"set the cut to one of stem, body, norm\."):

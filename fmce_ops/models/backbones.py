@@ -110,7 +110,13 @@ def build(
         # Its forward applies this ReLU as a function, behind the module that is the cut.
         network.features.add_module("relu", nn.ReLU())
     body, channels = cut_at(backbone, network, cut or _default_cut(network), in_size)
-    return Classifier(body, channels, classes)
+    classifier = Classifier(body, channels, classes)
+    if "head" in _chain(classifier):
+        raise ModelError(
+            f"The backbone {backbone!r} has a module 'head' before its cut, which is the name of "
+            "the classifier's own: give the module another name."
+        )
+    return classifier
 
 
 def functional_modules(classifier: Classifier) -> dict[str, nn.Module]:
@@ -118,15 +124,19 @@ def functional_modules(classifier: Classifier) -> dict[str, nn.Module]:
 
     A backbone whose layers do not form a chain is one module, ``backbone``.
     """
+    return {**_chain(classifier), "head": classifier.head}
+
+
+def _chain(classifier: Classifier) -> dict[str, nn.Module]:
+    """The functional modules of the backbone."""
     body = classifier.backbone
     prefix = ""
     while isinstance(body, nn.Sequential) and len(body) == 1 and isinstance(body[0], nn.Sequential):
         ((name, body),) = body.named_children()
         prefix += f"{name}."
     if not isinstance(body, nn.Sequential):
-        return {"backbone": classifier.backbone, "head": classifier.head}
-    chain = {prefix + name: module for name, module in body.named_children()}
-    return {**chain, "head": classifier.head}
+        return {"backbone": classifier.backbone}
+    return {prefix + name: module for name, module in body.named_children()}
 
 
 def feature_shape(classifier: Classifier, size: int) -> tuple[int, int, int]:
@@ -181,10 +191,10 @@ def _from_factory(name: str, classes: int | None) -> nn.Module:
     module, _, factory = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module's own code makes of it
         raise ModelError(
-            f"The backbone {name!r} could not be found ({error}): give package.module:factory "
-            "of a module that Python can import."
+            f"The backbone {name!r} could not be found ({type(error).__name__}: {error}): "
+            "give package.module:factory of a module that Python can import."
         ) from error
     try:
         network = make() if classes is None else make(num_classes=classes)

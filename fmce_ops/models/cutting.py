@@ -30,20 +30,27 @@ def cut_at(name: str, network: nn.Module, cut: str | None, in_size: int) -> tupl
     Raises
     ------
     ModelError
-        There is no such submodule, or its output is not such a map, or it cannot be cut there.
+        There is no such submodule, or its output is not such a map, or it runs more than once, or
+        the network cannot be cut there.
     """
-    outputs = _outputs(network, cut, in_size)
+    outputs, failure = _outputs(network, cut, in_size)
+    others = ", ".join(_candidates(outputs))
     if cut is None or cut not in outputs:
         what = "has no cut of its own" if cut is None else f"has no submodule {cut!r} that runs"
         raise ModelError(
-            f"The backbone {name!r} {what} on images of {in_size} px: "
-            f"set the cut to one of {', '.join(_candidates(outputs)) or 'another network'}."
+            f"The backbone {name!r} {what} on images of {in_size} px{failure}: "
+            f"set the cut to one of {others or 'another network'}."
         )
-    expected = outputs[cut]
+    if len(outputs[cut]) > 1:
+        raise ModelError(
+            f"The cut {cut!r} of {name!r} runs {len(outputs[cut])} times for an image, so that it "
+            f"does not tell where to cut: set it to one of {others or 'another network'}."
+        )
+    (expected,) = outputs[cut]
     if not _is_map(expected):
         raise ModelError(
             f"The cut {cut!r} of {name!r} gives {_form(expected)} instead of a map "
-            f"(N, C, h, w): set it to one of {', '.join(_candidates(outputs))}."
+            f"(N, C, h, w): set it to one of {others or 'another network'}."
         )
     channels = int(expected.shape[1])
     chain = _chain(network, cut)
@@ -68,19 +75,21 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(mode)
 
 
-def _outputs(network: nn.Module, cut: str | None, in_size: int) -> dict[str, Any]:
-    """What each submodule gives for the example: of ``cut`` the values, of others the shape.
+def _outputs(network: nn.Module, cut: str | None, in_size: int) -> tuple[dict[str, list[Any]], str]:
+    """What each submodule gives for the example, in each of its runs, and how the network failed.
 
-    Submodules that never ran are not among them.
+    Of ``cut`` the values, of others the shape; submodules that never ran are not among them. Images
+    of this size may be too small for what follows the cut, so that a failure may be none.
     """
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, list[Any]] = {}
+    failure = ""
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 # A copy, for a later layer may work in place.
                 output = output.clone() if name == cut else output.to("meta")
-            outputs[name] = output
+            outputs.setdefault(name, []).append(output)
 
         return hook
 
@@ -89,16 +98,21 @@ def _outputs(network: nn.Module, cut: str | None, in_size: int) -> dict[str, Any
     try:
         with _evaluating(network):
             network(_example(in_size))
-    except (RuntimeError, ValueError):
-        pass  # Images of this size may be too small for what follows the cut.
+    except Exception as error:  # whatever the network's own code makes of them
+        reason = str(error).strip().split("\n")[0]
+        failure = f" ({type(error).__name__}: {reason})"
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
+    return outputs, failure
 
 
 def _is_map(output: Any) -> bool:
-    return isinstance(output, Tensor) and output.ndim == 4
+    """Whether it is (N, C, h, w); of square images (N, h, w, C) betrays itself by its sides."""
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        return False
+    _, first, second, last = output.shape
+    return not first == second != last
 
 
 def _form(output: Any) -> str:
@@ -107,9 +121,9 @@ def _form(output: Any) -> str:
     return f"({', '.join(['N', *map(str, output.shape[1:])])})"
 
 
-def _candidates(outputs: dict[str, Any]) -> list[str]:
-    """The outermost submodules that give a map."""
-    maps = [name for name, output in outputs.items() if _is_map(output)]
+def _candidates(outputs: dict[str, list[Any]]) -> list[str]:
+    """The outermost submodules that run once and give a map."""
+    maps = [name for name, (one, *more) in outputs.items() if _is_map(one) and not more]
     depth = min((name.count(".") for name in maps), default=0)
     return [name for name in maps if name.count(".") == depth]
 
@@ -129,7 +143,7 @@ def _gives(chain: nn.Module, expected: Tensor, in_size: int) -> bool:
     try:
         with _evaluating(chain):
             output = chain(_example(in_size))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+    except Exception:  # modules in another order than their network calls them: anything
         return False
     return (
         isinstance(output, Tensor)
