@@ -1,5 +1,7 @@
 """What a killed process left in the store is completed, and the champion stays who it is."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +32,14 @@ with tracked("test", run_id or None, params={}, tags={}, system_metrics=False) a
     assert uri == log_network(run, "net", network, state, np.zeros((2, 3, 2, 2), "float32"), step=7)
     load_network(model_folder(uri))
 """
+
+
+def test_mlflow_reports_nothing_over_the_network() -> None:
+    code = "import fmce_ops.tracking.runs; from mlflow.telemetry import get_telemetry_client as c; "
+    code += "assert c() is None"
+    # MLflow is silent by itself where it sees that tests run.
+    outside = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    subprocess.run([sys.executable, "-c", code], env=outside, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
