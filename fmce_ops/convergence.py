@@ -109,7 +109,9 @@ def epoch_markers(
     """Cut a run into ``phases`` equal falls of the log smoothed loss (arXiv 2405.04041, eq. 4-6).
 
     With l = log S, E_0 the point of the largest raw loss and E_K the first point with CQI <= mu,
-    E_k is the first point m >= E_0 with |l_m - l_{E_0}| >= k |l_{E_K} - l_{E_0}| / K.
+    E_k is the first point m >= E_0 with l_{E_0} - l_m >= k (l_{E_0} - l_{E_K}) / K. The paper has
+    absolute values there; they differ only where the smoothed loss goes on rising behind E_0, and
+    then take the rise for a fall.
 
     Parameters
     ----------
@@ -248,8 +250,13 @@ def _crossings(log_loss: NDArray[np.float64], start: int, end: int, phases: int)
             f"the largest loss (point {start}) does not come before the end of training that is "
             f"judged (point {end}): lower the learning rate so that the loss falls."
         )
-    fall = np.abs(log_loss - log_loss[start - 1])
+    fall = log_loss[start - 1] - log_loss
     full = fall[end - 1]
+    if full < -1e-9:  # more than rounding
+        raise MarkerError(
+            f"the smoothed loss rises from its start (point {start}) to the end that is "
+            f"judged (point {end}): lower the learning rate, or train for longer."
+        )
     # A fall that equals k G / K must not miss it by the rounding of the logarithms.
     thresholds = np.arange(1, phases) * full / phases * (1 - 1e-12)
     reached = fall[start - 1 : end]

@@ -44,9 +44,11 @@ def slow_markers(losses, phases, threshold, alpha, window, method):
     log = {m: math.log(s) for m, s in slow_smooth(losses, alpha, method).items()}
     start = losses.index(max(losses)) + 1
     end, converged = slow_end(losses, threshold, alpha, window, method)
-    fall = {m: abs(log[m] - log[start]) for m in range(start, end + 1)}
+    fall = {m: log[start] - log[m] for m in range(start, end + 1)}
     levels = [k * fall[end] / phases for k in range(1, phases)] if fall else []
     points = [next(m for m in fall if fall[m] >= level) for level in levels] + [end]
+    if fall and fall[end] < 0:
+        points = [start] * phases  # nothing falls
     closest = min((abs(f - level) for f in fall.values() for level in levels), default=math.inf)
     return points, start, converged, closest
 
@@ -120,6 +122,16 @@ def test_phases_are_counted_from_the_largest_loss_wherever_it_is():
     found = epoch_markers(np.exp(logs), phases=2, mu=1e-9, alpha=0)
     # Half of 9 is 4.5: e^5 is 4 below, e^3 is 6 below.
     assert (found.start, found.points) == (3, (6, 7))
+
+
+def test_a_rise_of_the_smoothed_loss_behind_its_start_is_no_fall():
+    # Smoothed with .85: 1, 2.35, 9.985, 9.165, 4.55, 1.85, .94, .585, .485.
+    losses = [1, 10, 9.9, 5, 2, 1, 0.6, 0.5, 0.4]
+    found = epoch_markers(losses, phases=2, mu=1e-9)
+    # From 2.35 to .485 the logarithm falls by 1.578: the third point is 1.447 away, but above.
+    assert (found.start, found.points) == (2, (7, 9))
+    with pytest.raises(MarkerError, match=r"rises from its start \(point 2\) .* \(point 5\)"):
+        epoch_markers(losses[:5], phases=2, mu=1e-9)
 
 
 def test_the_largest_loss_is_the_raw_one():

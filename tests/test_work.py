@@ -222,6 +222,13 @@ def test_a_published_folder_is_whole_and_vouched_for(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
+def test_the_hundredth_phase_comes_last(project):
+    (project / "weights").write_text("the same")
+    names = [f"phase-{phase:02d}.safetensors" for phase in (9, 10, 99, 100, 101)]
+    publish(dict.fromkeys(reversed(names), project / "weights"), project / "out")
+    assert [path.name for path in vouched(project / "out")] == names
+
+
 def test_publishing_replaces_what_was_there(folder, project):
     (folder / "stray.txt").write_text("stray")
     (project / "new").write_text("third")

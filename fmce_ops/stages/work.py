@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def _fill(folder: Path, files: Mapping[str, Path]) -> None:
 
 
 def vouched(folder: Path) -> list[Path]:
-    """The files of a published folder in the order of their names, each checked.
+    """The files of a published folder, each checked, in the order of the numbers in their names.
 
     Raises
     ------
@@ -198,7 +199,11 @@ def vouched(folder: Path) -> list[Path]:
             f"{folder / wrong[0]} was changed after it was made: remove {folder} and run "
             "'dvc repro' or 'dvc checkout'."
         )
-    return [folder / name for name in sorted(digests)]
+    return [folder / name for name in sorted(digests, key=_numbered)]
+
+
+def _numbered(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def link(source: Path, target: Path) -> None:
