@@ -2,10 +2,12 @@
 
 import csv
 import errno
+import glob
 import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +46,15 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a folder that cannot be reached has nothing of ours to remove
             temporary.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of ``path``, while a lock keeps others from writing it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _fsync(path: Path) -> None:

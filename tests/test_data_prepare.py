@@ -1,6 +1,7 @@
 """Preparing real data sets: splits, statistics, bytes, damage."""
 
 import gzip
+import os
 import pickle
 import shutil
 import subprocess
@@ -138,16 +139,25 @@ class TestIdxFiles:
         with pytest.raises(DataError, match=r"MNIST/raw.*train-images-idx3-ubyte, .*put the"):
             make("mnist", tmp_path / "images.h5", tmp_path)
 
-    def test_a_truncated_file_is_named(
-        self, shared_data: Path, tmp_path: Path, monkeypatch
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda content: content[:1_000_000],
+            lambda content: content[:9],
+            lambda content: b"\0\0\x07" + content[3:],  # no such type of values
+            lambda content: content[:3] + b"\xff" + content[4:],  # 255 dimensions
+        ],
+    )
+    def test_a_damaged_file_is_named(
+        self, shared_data: Path, tmp_path: Path, monkeypatch, damage
     ) -> None:
         monkeypatch.setattr(MNIST, "mirrors", [])
         raw = tmp_path / "MNIST" / "raw"
         raw.mkdir(parents=True)
         for packed in (shared_data / "MNIST" / "raw").glob("*.gz"):
             (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-        with (raw / "t10k-images-idx3-ubyte").open("r+b") as file:
-            file.truncate(1_000_000)
+        bad = raw / "t10k-images-idx3-ubyte"
+        bad.write_bytes(damage(bad.read_bytes()))
         with pytest.raises(DataError, match=r"damaged ones: t10k-images-idx3-ubyte; put"):
             make("mnist", tmp_path / "images.h5", tmp_path)
 
@@ -257,12 +267,35 @@ class TestImageFolder:
     def test_a_truncated_image_is_named(self, folder: Path, tmp_path: Path) -> None:
         bad = folder / "train" / "cat" / "1.png"
         bad.write_bytes(bad.read_bytes()[:400])
-        with pytest.raises(DataError, match=r"cat/1\.png is damaged"):
+        with pytest.raises(DataError, match=r"cat/1\.png cannot be read .*truncated.*replace it"):
             make("image-folder", tmp_path / "images.h5", folder)
         bad.write_text("not an image")
-        with pytest.raises(DataError, match=r"cat/1\.png is damaged"):
+        with pytest.raises(DataError, match=r"cat/1\.png cannot be read .*identify.*replace it"):
             make("image-folder", tmp_path / "images.h5", folder)
         assert not (tmp_path / "images.h5").exists()
+
+    def test_images_lie_as_their_camera_was_held(self, folder: Path, tmp_path: Path) -> None:
+        turned = folder / "train" / "cat" / "1.png"
+        upright = np.asarray(Image.open(turned))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was turned: what is seen lies a quarter turn clockwise
+        Image.fromarray(np.rot90(upright).copy()).save(turned, exif=exif)
+        make("image-folder", tmp_path / "images.h5", folder)
+        with Images.open(tmp_path / "images.h5") as images:
+            stored = {
+                bytes(image.numpy()) for split in images.counts for image in images.load(split)[0]
+            }
+        assert upright.transpose(2, 0, 1).tobytes() in stored
+
+    def test_a_huge_image_is_not_called_damaged(self, folder, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(DataError, match=r"png cannot be read .*400 pixels.* exceeds limit"):
+            make("image-folder", tmp_path / "images.h5", folder)
+
+    def test_a_class_whose_name_is_no_text_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "train" / os.fsdecode(b"caf\xe9")).mkdir()
+        with pytest.raises(DataError, match=r"class folder 'caf\\udce9' .* rename it"):
+            make("image-folder", tmp_path / "images.h5", folder)
 
     def test_sixteen_bit_pixels_are_refused(self, folder: Path, tmp_path: Path) -> None:
         Image.fromarray(np.zeros((20, 20), np.uint16)).save(folder / "train" / "cat" / "1.png")

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 from fmce_ops.errors import DiskError, FmceError
-from fmce_ops.files import atomic, disk_reason, file_digest, is_disk_failure, write_json, write_text
+from fmce_ops.files import (
+    atomic,
+    disk_reason,
+    file_digest,
+    is_disk_failure,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 
 
 def names(folder):
@@ -58,6 +66,16 @@ def test_a_file_that_was_never_written_does_not_appear(tmp_path):
     with pytest.raises(FileNotFoundError), atomic(tmp_path / "note.txt"):
         pass
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    kept = ["out[1].h5", ".out[1].h5.tmp", ".other.h5.1.tmp", ".out1.h5.1.tmp"]
+    for name in [*kept, ".out[1].h5.12.tmp"]:
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".out[1].h5.9.tmp" / "within").mkdir(parents=True)
+    remove_leftovers(tmp_path / "out[1].h5")
+    remove_leftovers(tmp_path / "no folder" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):

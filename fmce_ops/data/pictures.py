@@ -1,10 +1,11 @@
-"""Pictures that are no data set: one file, or a folder without labels."""
+"""Pictures in files: which files are pictures, and what the network sees of one."""
 
 import struct
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -21,7 +22,7 @@ UNREADABLE = (  # what PIL raises for files that are damaged or no pictures
     struct.error,
     Image.DecompressionBombError,
 )
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def read_pictures(folder: Path, size: int, count: int) -> Tensor:
@@ -36,7 +37,7 @@ def read_pictures(folder: Path, size: int, count: int) -> Tensor:
     DataError
         There are none, or one cannot be read.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if is_picture(path.relative_to(folder)))
     if not files:
         raise DataError(f"{folder} holds no pictures: give a folder with PNG or JPEG files.")
     order = torch.randperm(len(files), generator=generator(0))[:count].tolist()
@@ -54,13 +55,33 @@ def read_picture(path: Path, size: int, channels: int = 3) -> Tensor:
     try:
         with Image.open(path) as opened:
             refuse_deep(opened.mode, str(path))
-            form = "L" if channels == 1 else "RGB"
-            picture = ImageOps.fit(opened.convert(form), (size, size))
+            pixels = square(opened, "L" if channels == 1 else "RGB", size)
     except UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read as a picture ({error}): give a PNG or JPEG file."
         ) from error
-    return torch.from_numpy(np.array(picture).reshape(size, size, channels)).permute(2, 0, 1)
+    return torch.from_numpy(pixels)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a picture; none of its parts may be hidden."""
+    shown = not any(part.startswith(".") for part in path.parts)
+    return shown and path.suffix.lower() in SUFFIXES
+
+
+def square(image: Image.Image, mode: str, side: int) -> NDArray[np.uint8]:
+    """The central square of an image as it was held upright: (c, side, side).
+
+    Parameters
+    ----------
+    mode : PIL's ``L`` or ``RGB``.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
+    fitted = image.convert(mode)
+    if fitted.size != (side, side):
+        fitted = ImageOps.fit(fitted, (side, side), Image.Resampling.BILINEAR)
+    values = np.array(fitted).reshape(side, side, len(mode))
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
 def refuse_deep(mode: str, name: str) -> None:

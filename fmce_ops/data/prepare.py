@@ -9,10 +9,9 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from fmce_ops.data.images import FORMAT, ImagesSummary
-from fmce_ops.data.pictures import GREY, UNREADABLE, refuse_deep
+from fmce_ops.data.pictures import GREY, UNREADABLE, refuse_deep, square
 from fmce_ops.data.sources import Source, Split, open_source
 from fmce_ops.data.splits import Part, plan_splits
 from fmce_ops.errors import DataError
@@ -37,7 +36,8 @@ def prepare(
 
     The same inputs and seed give the same bytes. Images that are all square, of one size and no
     larger than ``image_size`` stay as they are; otherwise each is cropped to its central square
-    and resized to ``image_size``. All-grey data sets keep one channel.
+    and resized to ``image_size``. The orientation that a camera noted is heeded. All-grey data sets
+    keep one channel.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def _header(split: Split, index: int) -> tuple[tuple[int, int], str]:
         with split.image(index) as image:
             size, mode = image.size, image.mode
     except UNREADABLE as error:
-        raise _unreadable(split, index) from error
+        raise _unreadable(split, index, error) from error
     refuse_deep(mode, split.name(index))
     return size, mode
 
@@ -115,18 +115,14 @@ def _pixels(split: Split, index: int, form: _Form) -> NDArray[np.uint8]:
     """One image as uint8 (c, s, s)."""
     try:
         with split.image(index) as image:
-            fitted = image.convert(form.mode)
+            return square(image, form.mode, form.side)
     except UNREADABLE as error:
-        raise _unreadable(split, index) from error
-    if fitted.size != (form.side, form.side):
-        fitted = ImageOps.fit(fitted, (form.side, form.side), Image.Resampling.BILINEAR)
-    values = np.asarray(fitted).reshape(form.side, form.side, form.channels)
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+        raise _unreadable(split, index, error) from error
 
 
-def _unreadable(split: Split, index: int) -> DataError:
+def _unreadable(split: Split, index: int, error: Exception) -> DataError:
     return DataError(
-        f"{split.name(index)} is damaged or is not an image: replace it, or remove it."
+        f"{split.name(index)} cannot be read as an image ({error}): replace it, or remove it."
     )
 
 

@@ -1,6 +1,6 @@
 """The data sets by name: where their images are and how one image is read."""
 
-import pickle
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fmce_ops.data.pictures import is_picture
 from fmce_ops.data.splits import IntArray
 from fmce_ops.errors import DataError
 
@@ -109,14 +110,7 @@ def _torchvision(dataset: str, root: Path) -> Source:
         parts = {
             name: kind.read(root, name == "train", download=True) for name in ("train", "test")
         }
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        AssertionError,
-        EOFError,
-        pickle.PickleError,
-    ) as error:
+    except Exception as error:  # torchvision trusts the headers: a damaged one may raise anything
         folder = root / kind.folder
         damaged = ", ".join(kind.damaged(folder)) or error
         raise DataError(
@@ -148,8 +142,11 @@ def _idx_is_whole(path: Path) -> bool:
         head = file.read(4)
         if len(head) < 4:
             return False
-        sides = np.frombuffer(file.read(4 * head[3]), ">i4")
-    return path.stat().st_size == 4 + 4 * head[3] + int(sides.prod(dtype=np.int64))
+        sides = file.read(4 * head[3])
+    if head[:3] != b"\0\0\x08" or len(sides) < 4 * head[3]:
+        return False
+    values = math.prod(np.frombuffer(sides, ">i4").tolist())
+    return path.stat().st_size == 4 + 4 * head[3] + values
 
 
 def _damaged_batches(kind: Any) -> Callable[[Path], list[str]]:
@@ -175,7 +172,6 @@ def _downloads() -> dict[str, _Download]:
 
 
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def _image_folder(root: Path) -> Source:
@@ -200,7 +196,14 @@ def _image_folder(root: Path) -> Source:
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return tuple(sorted(name for name in names if not name.startswith(".")))
+    classes = sorted(name for name in names if not name.startswith("."))
+    for name in classes:
+        if not name.isprintable():  # it may be no text at all
+            raise DataError(
+                f"the class folder {name!a} in {folder} has a name that cannot be printed: "
+                "rename it."
+            )
+    return tuple(classes)
 
 
 def _folder_split(folder: Path, classes: tuple[str, ...]) -> FolderSplit:
@@ -218,8 +221,4 @@ def _folder_split(folder: Path, classes: tuple[str, ...]) -> FolderSplit:
 def _image_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-    )
+    return sorted(path for path in folder.iterdir() if is_picture(Path(path.name)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmce_ops import __version__
 from fmce_ops.errors import DataError
+from fmce_ops.files import remove_leftovers
 from fmce_ops.stages.params import Params, section_values
 from fmce_ops.stages.work import digest, open_work, recorded_digests
 from fmce_ops.tracking.location import home
@@ -103,6 +104,8 @@ def open_stage(
             fabric.barrier()
             yield Stage(name, work.path, None, Reporters(), digests)
             return
+        for path in outputs:
+            remove_leftovers(path)
         with tracked(name, work.run_id, params=values, tags=_tags(name, params, digests)) as run:
             work.remember_run(run.id)
             _record_inputs(run, params, digests)

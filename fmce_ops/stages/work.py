@@ -154,8 +154,6 @@ def publish(files: Mapping[str, Path], folder: Path) -> None:
 
     A ``manifest.json`` with the SHA-256 of each file is added where the files bring none.
     """
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(leftover)  # of a process that was killed; the stage's lock keeps others out
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         _fill(temporary, files)
