@@ -179,7 +179,11 @@ def test_a_key_that_is_given_twice_is_named_with_its_line(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["train: {epochs: true}", "train: {lr: yes}", "train: {seed: off}"]
+    "text",
+    [
+        *("train: {epochs: true}", "train: {lr: yes}", "train: {seed: off}"),
+        *("data: {per_class: true}", "posttrain: {alphas: [0.5, true]}", "posttrain: {folds: no}"),
+    ],
 )
 def test_yes_is_no_number(tmp_path, text):
     assert "give a number" in complaint(tmp_path, text)

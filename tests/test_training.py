@@ -37,6 +37,8 @@ from fmce_ops.training.fmce import Epoch, FmcePlan, best_epoch, judge, train_fmc
 from fmce_ops.training.losses import Point, read_losses, write_losses
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -90,6 +92,16 @@ def one_thread():
 def fabric():
     yield launch()
     torch.use_deterministic_algorithms(False)
+
+
+def half_precision():
+    """Half precision with a scale for the gradients, which is first too large; also without a GPU.
+
+    Each call is as a process of its own.
+    """
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    return Fabric(accelerator="cpu", devices=1, plugins=plugin)
 
 
 def tiny(dropout=0.0, norm=True):
@@ -191,6 +203,15 @@ def test_killed_at_any_point_it_ends_as_if_it_had_never_stopped(tmp_path, fabric
         assert digests(folder, settings.points) == digests(tmp_path / "straight", settings.points)
         assert after.steps == told.steps
         assert after.rows[:point] == before.rows  # the times and speeds of then, too
+
+
+def test_half_precision_goes_on_with_the_scale_that_it_had(tmp_path):
+    settings = plan(points_per_epoch=2)
+    expected, _ = train(half_precision(), tmp_path / "straight", tiny(), settings)
+    train(half_precision(), tmp_path / "killed", tiny(), settings, until=3)
+    found, _ = train(half_precision(), tmp_path / "killed", tiny(), settings)
+    assert found == expected
+    assert digests(tmp_path / "killed", 6) == digests(tmp_path / "straight", 6)
 
 
 def test_a_network_of_torchvision_learns_and_survives_a_kill(tmp_path, fabric):
@@ -516,6 +537,14 @@ def test_killed_after_any_epoch_fmce_net_ends_the_same(tmp_path, fabric, noise):
         assert same_weights(found.state_dict(), expected.state_dict())
         assert after.steps == straight.steps
         assert after.rows[:epoch] == before.rows
+
+
+def test_fmce_net_in_half_precision_goes_on_with_the_scale_that_it_had(tmp_path, noise):
+    expected, history, _ = fit(half_precision(), noise, tmp_path / "straight", LEARNING)
+    fit(half_precision(), noise, tmp_path / "killed", LEARNING, Listener(2))
+    found, again, _ = fit(half_precision(), noise, tmp_path / "killed", LEARNING)
+    assert again == history
+    assert same_weights(found.state_dict(), expected.state_dict())
 
 
 def test_the_epoch_that_is_best_on_validation_is_left_in_the_network(tmp_path, fabric, noise):

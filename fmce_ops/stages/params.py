@@ -52,6 +52,11 @@ DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100",
 RUN_SECTIONS = ("data", "model", "train", "markers")  # that a run of maturity.runs may change
 
 
+def _is_of_numbers(kind: object) -> bool:
+    known = kind in (int, float) or isinstance(kind, int)  # the latter in a Literal
+    return known or any(_is_of_numbers(part) for part in get_args(kind))
+
+
 class Section(BaseModel):
     """A section of ``params.yaml``; unknown keys are refused, and yes or no for a number."""
 
@@ -60,8 +65,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _number(cls, value: object, info: ValidationInfo) -> object:
+        values = value if isinstance(value, list | tuple) else [value]
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+        if any(isinstance(one, bool) for one in values) and _is_of_numbers(kind):
             raise ValueError("give a number")
         return value
 

@@ -72,6 +72,7 @@ class _Progress:
     speeds: list[float] = field(default_factory=list)  # images per second
     times: list[int] = field(default_factory=list)  # ms since 1970
     optimizer: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)  # the scale of half precision
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def train_classifier(
     for point in range(len(progress.history) + 1, plan.points + 1):
         _train_point(fabric, module, optimizer, batches, validation, plan, point, progress)
         if fabric.is_global_zero:
-            _record(folder, network, optimizer, progress)
+            _record(fabric, folder, network, optimizer, progress)
         reporter.row(_row(progress, point - 1, monitor))
     return progress.history
 
@@ -147,6 +148,8 @@ def _set_up(
     )
     if progress.optimizer:
         optimizer.load_state_dict(progress.optimizer)
+    if progress.precision:
+        fabric.strategy.precision.load_state_dict(progress.precision)
     module, optimizer = fabric.setup(network, optimizer)
     return module, optimizer
 
@@ -244,7 +247,9 @@ def _row(progress: _Progress, i: int, monitor: ConvergenceMonitor) -> Row:
     return Row(point.point, values, progress.times[i])
 
 
-def _record(folder: Path, network: nn.Module, optimizer: Optimizer, progress: _Progress) -> None:
+def _record(
+    fabric: Fabric, folder: Path, network: nn.Module, optimizer: Optimizer, progress: _Progress
+) -> None:
     """Weights first: the state names the last point, so its weights must be there."""
     save_weights(point_file(folder, len(progress.history)), network.state_dict(), {})
     history = [asdict(point) for point in progress.history]
@@ -253,6 +258,7 @@ def _record(folder: Path, network: nn.Module, optimizer: Optimizer, progress: _P
         "speeds": progress.speeds,
         "times": progress.times,
         "optimizer": optimizer.state_dict(),
+        "precision": fabric.strategy.precision.state_dict(),
     }
     save_state(folder / "state.pt", state)
 
@@ -264,4 +270,5 @@ def _resume(folder: Path, network: nn.Module) -> _Progress:
     state = load_state(path)
     history = [Point(**row) for row in state["history"]]
     load_into(network, point_file(folder, len(history)))
-    return _Progress(history, state["speeds"], state["times"], state["optimizer"])
+    optimizer, precision = state["optimizer"], state.get("precision", {})
+    return _Progress(history, state["speeds"], state["times"], optimizer, precision)

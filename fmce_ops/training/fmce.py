@@ -61,6 +61,7 @@ class _Progress:
     rates: list[tuple[float, float]] = field(default_factory=list)  # maps per s, share of waiting
     times: list[int] = field(default_factory=list)  # ms since 1970
     optimizer: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)  # the scale of half precision
 
 
 def train_fmce(
@@ -100,6 +101,8 @@ def train_fmce(
     optimizer = torch.optim.Adam(network.parameters(), lr=plan.lr, fused=True)
     if progress.optimizer:
         optimizer.load_state_dict(progress.optimizer)
+    if progress.precision:
+        fabric.strategy.precision.load_state_dict(progress.precision)
     module, optimizer = fabric.setup(network, optimizer)
     reporter.begin("fmce", plan.epochs)
     for i in range(len(progress.history)):
@@ -108,7 +111,7 @@ def train_fmce(
         rows = (train_rows, val_rows)
         _train_epoch(fabric, module, optimizer, store, rows, plan, epoch, progress)
         if fabric.is_global_zero:
-            _record(folder, network, optimizer, progress)
+            _record(fabric, folder, network, optimizer, progress)
         reporter.row(_row(progress, epoch))
     fabric.barrier()
     load_into(network, folder / "best.safetensors")
@@ -222,7 +225,9 @@ def _row(progress: _Progress, i: int) -> Row:
     return Row(epoch.epoch, values, progress.times[i])
 
 
-def _record(folder: Path, network: nn.Module, optimizer: Optimizer, progress: _Progress) -> None:
+def _record(
+    fabric: Fabric, folder: Path, network: nn.Module, optimizer: Optimizer, progress: _Progress
+) -> None:
     """The best weights first, the state last: what the state names is there."""
     newest = progress.history[-1]
     if best_epoch(progress.history) is newest:
@@ -230,6 +235,7 @@ def _record(folder: Path, network: nn.Module, optimizer: Optimizer, progress: _P
     state = {
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "precision": fabric.strategy.precision.state_dict(),
         "history": [asdict(epoch) for epoch in progress.history],
         "rates": progress.rates,
         "times": progress.times,
@@ -244,4 +250,5 @@ def _resume(folder: Path, network: nn.Module) -> _Progress:
     state = load_state(path)
     network.load_state_dict(state["network"])
     history = [Epoch(**row) for row in state["history"]]
-    return _Progress(history, state["rates"], state["times"], state["optimizer"])
+    optimizer, precision = state["optimizer"], state.get("precision", {})
+    return _Progress(history, state["rates"], state["times"], optimizer, precision)
