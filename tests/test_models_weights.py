@@ -92,3 +92,18 @@ def test_one_tensor_of_another_name_is_refused(tmp_path: Path, name: str) -> Non
     torch.save({name: torch.zeros(3)}, tmp_path / "one.pt")
     with pytest.raises(ModelError):
         load_checkpoint(nn.Sequential(nn.Linear(2, 2)), tmp_path / "one.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.to_sparse(),
+        lambda weight: weight.to("meta"),
+        lambda weight: weight.tolist(),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path: Path, change) -> None:
+    state = {"0.weight": change(torch.ones(2, 2)), "0.bias": torch.ones(2)}
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ModelError, match=r"odd\.pt .*save the network's state_dict"):
+        load_checkpoint(nn.Sequential(nn.Linear(2, 2)), tmp_path / "odd.pt")

@@ -443,6 +443,25 @@ def test_init_touches_nothing_that_exists(tmp_path: Path) -> None:
     assert "no git repository" in fmce_ops(tmp_path, "init", "x", code=2).stderr
 
 
+def test_init_explains_where_it_cannot_begin(tmp_path: Path) -> None:
+    bare, theirs, nothing = (tmp_path / name for name in ("bare", "theirs", "nothing"))
+    for folder, options in ((bare, ["--bare"]), (theirs, [])):
+        folder.mkdir()
+        command(folder, "git", "init", "-q", *options)
+    assert "no git repository with files" in fmce_ops(bare, "init", code=2).stderr
+    (theirs / ".gitignore").write_bytes(b"caf\xe9")
+    assert ".gitignore cannot be read as UTF-8" in fmce_ops(theirs, "init", code=2).stderr
+    assert sorted(path.name for path in theirs.iterdir()) == [".git", ".gitignore"]
+    (theirs / ".gitignore").unlink()
+    nothing.mkdir()
+    script = [sys.executable, "-m", "fmce_ops.cli", "init"]
+    refused = command(theirs, *script, code=2, PATH=str(nothing))
+    assert refused.stderr.startswith("error: git cannot be found")
+    (nothing / "git").symlink_to(str(shutil.which("git")))
+    command(theirs, *script, PATH=str(nothing))  # DVC comes with this package
+    assert (theirs / ".dvc" / "config").exists()
+
+
 def test_changing_one_run_of_the_study_runs_it_and_the_judge_alone(copy: Path) -> None:
     changed = {"one": {"train": {"epochs": 4}}, "two": {"train": {"epochs": 5, "seed": 1}}}
     write_params(copy, {**SMALL, "maturity": {**SMALL["maturity"], "runs": changed}})

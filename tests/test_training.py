@@ -445,7 +445,9 @@ def test_a_loss_curve_reads_back_to_the_last_bit(tmp_path_factory, history):
     assert read_losses(path) == history
 
 
-@pytest.mark.parametrize("text", [None, "point,epoch\n1,1\n", "a,b\n1,2\n", "point\nx\n"])
+@pytest.mark.parametrize(
+    "text", [None, "point,epoch\n1,1\n", "a,b\n1,2\n", "point\nx\n", "x" * 200_000]
+)
 def test_what_is_no_loss_curve_is_refused(tmp_path, text):
     path = tmp_path / "losses.csv"
     if text is not None:

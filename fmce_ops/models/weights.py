@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,12 +93,19 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     for key in ("state_dict", "model_state_dict", "model", "network", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(_is_weight(value) for value in state.values()):
         raise ModelError(
             f"{path} holds a {type(state).__name__} that is not one of weights alone: save the "
             "network's state_dict."
         )
     _load(module, _unwrapped(state, module), path)
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether it is a tensor with plain numbers in it: not sparse, quantised or without values."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not (value.is_meta or value.is_quantized)
 
 
 def _unwrapped(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """``fmce-ops init``: the same pipeline in anyone's git repository."""
 
 import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,26 +18,26 @@ def scaffold(folder: Path, *, force: bool = False) -> list[str]:
     Raises
     ------
     FmceError
-        ``folder`` is no git repository, or files exist and ``force`` is not set; then nothing is
-        written.
+        There is no git, ``folder`` is no git repository, files exist and ``force`` is not set, or
+        what git and DVC ignore cannot be read; then nothing is written.
     """
-    inside = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--is-inside-work-tree"], capture_output=True
-    )
-    if not folder.is_dir() or inside.returncode:
-        raise FmceError(f"{folder} is no git repository: run 'git init' there first.")
+    if not folder.is_dir() or _git(folder, "--is-inside-work-tree") != "true":
+        raise FmceError(
+            f"{folder} is no git repository with files in it: run 'git init' there first."
+        )
     standing = [name for name in _FILES.values() if (folder / name).exists()]
     if standing and not force:
         raise FmceError(
             f"{folder / standing[0]} exists and was not touched: move it away, or run "
             "'fmce-ops init --force' to overwrite it."
         )
+    ignored = {name: _read(folder / name) for name in _IGNORED.values()}
     done = []
     for template, name in _FILES.items():
         write_text(folder / name, _template(template))
         done.append(f"wrote {folder / name}")
     for template, name in _IGNORED.items():
-        done += _extend(folder / name, _template(template).splitlines())
+        done += _extend(folder / name, ignored[name], _template(template).splitlines())
     return [*done, *_dvc(folder), "now run: dvc repro"]
 
 
@@ -44,9 +45,26 @@ def _template(name: str) -> str:
     return (files("fmce_ops") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _extend(path: Path, lines: list[str]) -> list[str]:
+def _git(folder: Path, question: str) -> str:
+    """What ``git rev-parse`` answers; empty where it knows none."""
+    words = ["git", "-C", str(folder), "rev-parse", question]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        raise FmceError("git cannot be found: install it, or add it to the PATH.") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise FmceError(
+            f"{path} cannot be read as UTF-8 ({error}): save it as such, or move it away."
+        ) from error
+
+
+def _extend(path: Path, text: str, lines: list[str]) -> list[str]:
     """Append the lines that are missing; what is there stays as it is."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
     missing = [line for line in lines if line not in text.splitlines()]
     if not missing:
         return []
@@ -59,11 +77,9 @@ def _dvc(folder: Path) -> list[str]:
     """Make it a DVC project where it is none yet."""
     if any((parent / ".dvc").is_dir() for parent in [folder.resolve(), *folder.resolve().parents]):
         return []
-    top = subprocess.run(
-        ["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True
-    ).stdout.strip()
-    sub = [] if Path(top) == folder.resolve() else ["--subdir"]
-    done = subprocess.run(["dvc", "init", "-q", *sub], cwd=folder, capture_output=True, text=True)
+    sub = [] if Path(_git(folder, "--show-toplevel")) == folder.resolve() else ["--subdir"]
+    words = [sys.executable, "-m", "dvc", "init", "-q", *sub]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise FmceError(f"'dvc init' failed in {folder} ({done.stderr.strip()}): run it by hand.")
     return [f"initialised DVC in {folder}"]

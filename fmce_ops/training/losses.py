@@ -36,7 +36,7 @@ def read_losses(path: Path) -> list[Point]:
                 Point(int(row.pop("point")), **{name: float(text) for name, text in row.items()})
                 for row in csv.DictReader(file)
             ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise TrainingError(
             f"{path} is not a loss curve ({error}): run 'dvc repro' again."
         ) from None
