@@ -103,16 +103,11 @@ def new_repository(folder: Path) -> Path:
 
 def shorten(project: Path, seed: int) -> None:
     """A short training of its own."""
-    train = {"epochs": EPOCHS, "seed": seed}
-    change(project, data={"per_class": 60}, train=train, markers={"phases": 2})
-
-
-def change(project: Path, **groups: dict[str, Any]) -> None:
-    """Set parameters."""
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
-    for group, values in groups.items():
-        params[group] |= values
+    params["data"]["per_class"] = 60
+    params["train"] |= {"epochs": EPOCHS, "seed": seed}
+    params["markers"]["phases"] = 2
     path.write_text(yaml.safe_dump(params))
 
 
@@ -278,7 +273,6 @@ All {STAGES} runs are FINISHED on the server, each with the very losses of its `
 def plan(folder: Path, store: str, address: str) -> str:
     """The plan's commands in its order, two processes in place of its machines and GPUs."""
     project = new_repository(folder / "plan")
-    change(project, train={"batch_size": 32})  # of each process, so that it is 64 together
     save(project)
     add_remote(project, store)
     shared = folder / "plan.git"
