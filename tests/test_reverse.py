@@ -8,7 +8,7 @@ from fmce_ops.reverse import Status, descent, nearest_logits, propagate, reverse
 from fmce_ops.reverse.problem import Problem, Search
 from fmce_ops.reverse.products import frozen
 from fmce_ops.reverse.quasi_newton import lbfgs
-from fmce_ops.reverse.relus import Awake
+from fmce_ops.reverse.relus import Raised
 from fmce_ops.reverse.waking import wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,13 +139,21 @@ def test_a_unit_at_rest_is_woken_however_the_relu_is_written(rectify):
     assert found.residual.item() < 1e-3
 
 
-def test_a_unit_out_of_reach_is_no_search_that_ran_out():
+@pytest.mark.parametrize(
+    ("seed", "status"),
+    [
+        (0, [Status.NEAREST, Status.NEAREST]),
+        (1, [Status.KEPT, Status.NEAREST]),  # what would wake the first lies beyond the bound
+    ],
+)
+def test_a_unit_out_of_reach_is_no_search_that_ran_out(seed, status):
+    torch.manual_seed(seed)
     dead = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
         dead[0].bias.fill_(-100)
     x0 = torch.randn(2, 3)
     found = reverse(dead, torch.randn(2, 2), x0)
-    assert torch.equal(found.x, x0) and found.status.tolist() == [Status.NEAREST] * 2
+    assert torch.equal(found.x, x0) and found.status.tolist() == status
 
 
 @pytest.mark.parametrize(
@@ -295,20 +303,21 @@ class Resting(nn.Module):
         return torch.relu(x - torch.tensor([0.0, 0.02], dtype=x.dtype)) * torch.tensor([2.0, 1.0])
 
 
-def woken(x0, target, bound=torch.inf, module=None):
+def woken(x0, target, bound=torch.inf, module=None, near=0.05):
     module, x0, target = module or Resting(), torch.tensor(x0), torch.tensor(target)
     gap = (module(x0) - target).norm(dim=1).double()
     none = torch.zeros_like(gap)
     problem = Problem(module, target, x0, none, gap * 1e-3, none + bound)
     search = Search(x0.clone(), gap.clone(), none.long(), none.bool())
     with torch.no_grad(), frozen(module):
-        return wake(problem, search, none.long() + 50).tolist(), search
+        return wake(problem, search, none.long() + 50, none + near).tolist(), search
 
 
 def test_a_unit_that_rests_near_its_kink_is_woken_if_it_should_be_larger():
     moved, search = woken([[1.0, 0.0]], [[2.0, 1.0]])
     assert moved == [True] and search.iterations.item() > 0
-    assert search.x[0, 1] > 0.5 and search.distance.item() < 0.1
+    assert 0.02 < search.x[0, 1] < 0.1
+    assert torch.equal(search.x[:, 0], torch.ones(1))  # of the other one nothing is asked
     x0 = torch.tensor([[1.0, 0.0]])
     result = reverse(Resting(), torch.tensor([[2.0, 1.0]]), x0, max_iterations=2000)
     assert result.status.item() == Status.REACHED
@@ -319,13 +328,19 @@ def test_a_unit_that_rests_near_its_kink_is_woken_if_it_should_be_larger():
     [
         ([[1.0, 0.0]], [[2.0, -1.0]], torch.inf, None),  # it should not be larger
         ([[1.0, -5.0]], [[2.0, 1.0]], torch.inf, None),  # it rests too far below
-        ([[1.0, 0.0]], [[2.0, 1.0]], 0.1, None),  # the step is longer than allowed
+        ([[1.0, 0.0]], [[2.0, 1.0]], 0.01, None),  # the step is longer than allowed
         ([[1.0, 0.0]], [[2.0, 1.0]], torch.inf, nn.Tanh()),  # nothing can rest
     ],
 )
 def test_what_is_not_to_be_woken_stays(x0, target, bound, module):
     moved, search = woken(x0, target, bound, module)
     assert moved == [False] and search.x.tolist() == x0
+
+
+def test_a_unit_further_off_is_woken_where_that_is_asked():
+    x0, target = [[1.0, -0.03]], [[2.0, 1.0]]  # it rests .07 root mean squares below
+    assert woken(x0, target)[0] == [False]
+    assert woken(x0, target, near=0.1)[0] == [True]
 
 
 def test_samples_are_woken_each_by_itself():
@@ -336,15 +351,40 @@ def test_samples_are_woken_each_by_itself():
         assert torch.allclose(alone.x[0], together.x[row], atol=1e-6)
 
 
-def test_units_to_wake_are_kept_by_sample_where_the_batch_is_folded():
-    masks = [torch.rand(6, 4) > 0.5, torch.rand(3, 2) > 0.5, torch.rand(4, 5) > 0.5]
-    part = Awake(masks, 3).take(torch.tensor([2, 0]))
-    assert torch.equal(part.masks[0], masks[0][[4, 5, 0, 1]])
-    assert torch.equal(part.masks[1], masks[1][[2, 0]])
-    odd = torch.randn(4, 5)  # no whole number of rows a sample: a plain ReLU
-    assert torch.equal(part.rectify(odd, 2), torch.where(masks[2], odd, 0))
-    assert torch.equal(part.rectify(odd[:3], 2), odd[:3].relu())
-    assert torch.equal(part.rectify(odd, 3), odd.relu())
+class Settled(nn.Module):
+    """The output settles each input, but for a unit that rests and would change it more."""
+
+    def forward(self, x):
+        return torch.cat([x, torch.relu(x - 1.02)], dim=1)
+
+
+def test_a_unit_stays_at_rest_where_the_output_settles_what_goes_in():
+    moved, search = woken([[1.0, 3.0]], [[1.0, 3.0, 1.0, 1.98]], module=Settled())
+    assert moved == [True]  # a little
+    assert search.x[0, 0] < 1.01 and search.distance.item() > 0.9
+
+
+def test_what_units_lack_is_told_by_sample_where_the_batch_is_folded():
+    rows, folded = torch.tensor([2, 0]), torch.tensor([4, 5, 0, 1])
+    entries = torch.randn(6, 4), torch.randn(3, 2), torch.randn(4, 5)
+    masks = [torch.rand_like(entry) > 0.5 for entry in entries[:2]]
+    masks += [torch.zeros(4, 5, dtype=torch.bool)]  # no whole number of rows: none is wanted
+    value = torch.randn(3, 7)
+
+    def told(relus, entries, value):
+        for number, entry in enumerate(entries):
+            assert torch.equal(relus.rectify(entry, number), entry.relu())
+        return relus.equations(value, None, value)
+
+    whole = Raised(masks, 3)
+    for _ in range(2):  # a second run begins anew
+        values, lacks = told(whole, entries, value)
+    assert values.shape == lacks.shape == (3, 7 + 8 + 2)
+    part = whole.take(rows), [entries[0][folded], entries[1][rows], entries[2]], value[rows]
+    assert torch.allclose(torch.stack(told(*part)), torch.stack([values, lacks])[:, rows])
+    assert torch.equal(lacks[:, :7], torch.zeros(3, 7))  # the output stays
+    own = lacks[:, 7:15].reshape(6, 4)
+    assert torch.equal(own != 0, masks[0])
 
 
 def test_samples_that_need_nothing_are_not_solved_for():

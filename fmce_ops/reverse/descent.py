@@ -13,7 +13,8 @@ from fmce_ops.reverse.waking import wake
 
 _FIRST = 500  # iterations of Gauss-Newton before L-BFGS goes on
 _STRETCH = 700  # iterations of L-BFGS before units at rest are woken
-_WORTH = 1e-3  # part of the distance that a stretch must take, for another to follow
+_WORTH = 0.03  # part of the distance that a stretch must take, for another like it to follow
+_NEAR = (0.05, 0.1)  # how far below its kink a unit may rest to be woken, at first and later
 _STARTS = 20  # beside x0
 _BESIDE = 0.5  # how far, of the change that the search from x0 came to
 
@@ -24,7 +25,8 @@ def descend(problem: Problem, search: Search, max_iterations: int, reach: Tensor
     Gauss-Newton draws up units at rest, but is slow where the linearised problem is badly
     conditioned; L-BFGS is not. Both end in local minima. So where more iterations are given than
     Gauss-Newton gets at once, units at rest are woken by force, see `wake`, as long as that brings
-    L-BFGS nearer; then the search is begun anew from points beside x0. The best answer is kept.
+    L-BFGS nearer: those next to their kinks, and where that is not enough those further off, too.
+    Then the search is begun anew from points beside x0. The best answer is kept.
 
     Parameters
     ----------
@@ -55,21 +57,25 @@ def _down(problem: Problem, search: Search, limit: Tensor, reach: Tensor) -> Non
 def _walk(problem: Problem, search: Search, limit: Tensor) -> None:
     """Stretches of L-BFGS, and between them a step out of where they end; the best is kept."""
     rows = ((search.distance > problem.goal) & (search.iterations < limit)).nonzero()[:, 0]
-    walker = search.take(rows)
+    walker, near = search.take(rows), torch.full_like(problem.goal[rows], _NEAR[0])
     while len(rows):
         here, most = problem.take(rows), limit[rows]
         lbfgs(here, walker, most.minimum(walker.iterations + _STRETCH))
         left = (here.cost(walker) / here.cost(search.take(rows))).sqrt()
         search.put(rows[left <= 1], walker.take(left <= 1))
         search.iterations[rows] = walker.iterations
-        going = (walker.distance > here.goal) & (walker.iterations < most) & (left < 1 - _WORTH)
-        rows, walker = rows[going], walker.take(going)
+        poor = ~(left < 1 - _WORTH)
+        going = (walker.distance > here.goal) & (walker.iterations < most)
+        going &= ~poor | (near < _NEAR[1])
+        walker.put(poor.nonzero()[:, 0], search.take(rows[poor]))
+        near[poor] = _NEAR[1]
+        rows, walker, near = rows[going], walker.take(going), near[going]
         if not len(rows) or int(limit.max()) <= _FIRST:
             return
-        moved = wake(problem.take(rows), walker, limit[rows])
+        moved = wake(problem.take(rows), walker, limit[rows], near)
         search.iterations[rows] = walker.iterations
-        going = moved | ~walker.stationary
-        rows, walker = rows[going], walker.take(going)
+        going = moved | ~walker.stationary | (near < _NEAR[1])
+        rows, walker, near = rows[going], walker.take(going), near[going]
 
 
 def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:

@@ -231,7 +231,8 @@ def _answer(
         held = replace(problem, damping=torch.maximum(problem.damping, heavy), bound=bound)
         part = held.take(broken)
         second = _search(settings, part, gap[broken], size[broken])
-        second.status[second.status != Status.KEPT] = Status.DAMPED
+        second.status[:] = Status.KEPT
+        second.status[second.change > 0] = Status.DAMPED
         second.iterations.add_(found.iterations[broken])
         for name, column in vars(found).items():
             column[broken] = getattr(second, name)

@@ -72,17 +72,6 @@ class Output:
         """(n,) |target - output|."""
         return norms(target - self.value)
 
-    def before(self, target: Tensor, relus: Relus) -> tuple[Tensor, Tensor]:
-        """The value before a last ReLU and what is missing to the target there, (n, ...) each.
-
-        Units that rest and are not to wake are left alone, which is 0 in both.
-        """
-        if self.entry is None:
-            return self.value, self.rest(target)
-        z = self.entry.detach()
-        awake = relus.awake(z, target)
-        return self.entry * awake, (target.clamp(min=0) - z) * awake
-
 
 def output_of(module: nn.Module, x: Tensor, relus: Rectifier | None = None) -> Output:
     """Run the module on (n, ...) with the derivatives that `Linearised` needs."""
@@ -99,8 +88,7 @@ class Linearised:
     module for every vector. Forward mode steps in where an operation has no second derivative.
 
     A unit that a ReLU holds at rest has no derivative, though a step may wake it. With ``target``
-    and ``relus`` these stand in for the ReLUs, and the value is taken before a last one, see
-    `Output.before`.
+    and ``relus`` these stand in for the ReLUs, and J is that of their equations.
 
     Parameters
     ----------
@@ -111,7 +99,7 @@ class Linearised:
     Attributes
     ----------
     output : what the module made of x.
-    rest : (n, ...) what is missing to the target.
+    rest : (n, ...) what is missing to the target, or in the equations.
     """
 
     def __init__(
@@ -136,7 +124,7 @@ class Linearised:
     def _before(self, made: Output) -> tuple[Tensor, Tensor]:
         if self._target is None or self._relus is None:
             return made.value, torch.zeros_like(made.value)
-        value, rest = made.before(self._target, self._relus)
+        value, rest = self._relus.equations(made.value, made.entry, self._target)
         return value, rest.detach()
 
     @property
@@ -237,15 +225,13 @@ class _Rewritten(TorchFunctionMode):
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         self.entry = input.clone() if inplace else input
-        self.exit = self._rectify(input, inplace)
+        if self.relus is None:
+            self.exit = F.relu(input, inplace)
+        else:
+            y = self.relus.rectify(self.entry, self.rectified)
+            self.exit = input.copy_(y) if inplace else y
         self.rectified += 1
         return self.exit
-
-    def _rectify(self, z: Tensor, inplace: bool) -> Tensor:
-        if self.relus is None:
-            return F.relu(z, inplace)
-        y = self.relus.rectify(z, self.rectified)
-        return z.copy_(y) if inplace else y
 
 
 def _convolve(

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from fmce_ops.reverse.solver import norms, spread
 
 _REACH = 3  # widths of a kink that a unit may rest below it and be woken
+_WEIGHT = 0.3  # of a unit that shall come up, beside an output that shall stay
+_ABOVE = 0.02  # how far above the kink, in root mean squares of what goes in
 
 
 class Rectifier(Protocol):
@@ -24,8 +26,16 @@ class Rectifier(Protocol):
 class Relus(Rectifier, Protocol):
     """One that a module is linearised with."""
 
-    def awake(self, z: Tensor, target: Tensor) -> Tensor:
-        """(n, ...) which units of a last ReLU shall move; the others are left at rest."""
+    def equations(
+        self, value: Tensor, entry: Tensor | None, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What shall be fulfilled behind a run: values (n, m) or (n, ...), and what they lack.
+
+        Parameters
+        ----------
+        value, entry, target : (n, ...) output, what went into its last ReLU if it ends in one, and
+            where the output shall go.
+        """
         ...
 
     def take(self, rows: Tensor) -> "Relus":
@@ -36,6 +46,9 @@ class Relus(Rectifier, Protocol):
 @dataclass(frozen=True)
 class Smooth:
     """The values of ReLUs with the derivatives of smooth ones, 0 or 1 but near the kink.
+
+    The output goes to the target; before a last ReLU, where units that rest and are not to wake are
+    left alone.
 
     Attributes
     ----------
@@ -50,8 +63,14 @@ class Smooth:
         slope = torch.sigmoid(z.detach() / _kinks(z.detach(), self.width))
         return F.relu(z.detach()) + (z - z.detach()) * slope
 
-    def awake(self, z: Tensor, target: Tensor) -> Tensor:
-        return (z > 0) | ((target > 0) & (z > -_REACH * _kinks(z, self.width)))
+    def equations(
+        self, value: Tensor, entry: Tensor | None, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if entry is None:
+            return value, target - value
+        z = entry.detach()
+        awake = (z > 0) | ((target > 0) & (z > -_REACH * _kinks(z, self.width)))
+        return entry * awake, (target.clamp(min=0) - z) * awake
 
     def take(self, rows: Tensor) -> "Smooth":
         return Smooth(self.width[rows])
@@ -64,7 +83,7 @@ class Wanted:
     Attributes
     ----------
     width : (n,) how far below the kink, in units of the root mean square of what goes in.
-    masks : (n * k, ...) of each ReLU of the run: the units that are awake, or near and wanted.
+    masks : (n * k, ...) of each ReLU of the run: the units that rest, near and wanted.
     """
 
     width: Tensor
@@ -72,10 +91,10 @@ class Wanted:
 
     def rectify(self, z: Tensor, number: int) -> Tensor:
         y, known = F.relu(z), z.detach()
-        mask = known > 0
+        mask = torch.zeros_like(known, dtype=torch.bool)
         self.masks.append(mask)
         if y.requires_grad and not len(z) % len(self.width):
-            near = known > -_kinks(known, self.width)
+            near = (known <= 0) & (known > -_kinks(known, self.width))
             y.register_hook(partial(_want, mask, near))
         return y
 
@@ -85,27 +104,44 @@ def _want(mask: Tensor, near: Tensor, slope: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Awake:
-    """Each unit passes on what goes in, below 0 too, if it is awake, and else 0.
+class Raised:
+    """ReLUs as they are; units at rest shall come up to their kinks, and the output stay.
 
     Attributes
     ----------
-    masks : (n * k, ...) of each ReLU of a run, as `Wanted` found them.
+    masks : (n * k, ...) of each ReLU of a run: the units, as `Wanted` found them.
     samples : n.
+    entries : what goes into each ReLU of the run.
     """
 
     masks: list[Tensor]
     samples: int
+    entries: list[Tensor] = field(default_factory=list)
 
     def rectify(self, z: Tensor, number: int) -> Tensor:
-        mask = self.masks[number] if number < len(self.masks) else z[:0]
-        return torch.where(mask, z, 0) if mask.shape == z.shape else F.relu(z)
+        if number == 0:
+            self.entries.clear()
+        self.entries.append(z)
+        return F.relu(z)
 
-    def awake(self, z: Tensor, target: Tensor) -> Tensor:
-        return self.masks[-1] if self.masks[-1].shape == z.shape else z > 0
+    def equations(
+        self, value: Tensor, entry: Tensor | None, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        values, lacks = [value.flatten(1)], [torch.zeros_like(value).flatten(1)]
+        scale = _WEIGHT * norms(value) / value[:1].numel() ** 0.5
+        for z, mask in zip(self.entries, self.masks, strict=True):
+            if mask.any():
+                unit = _kinks(z.detach(), torch.ones_like(scale))
+                weight = mask * spread(scale.repeat_interleave(len(z) // len(scale)), z) / unit
+                values.append(self._by_sample(z * weight))
+                lacks.append(self._by_sample((_ABOVE * unit - z.detach()) * weight))
+        return torch.cat(values, 1), torch.cat(lacks, 1)
 
-    def take(self, rows: Tensor) -> "Awake":
-        return Awake([self._rows(mask, rows) for mask in self.masks], len(rows))
+    def _by_sample(self, z: Tensor) -> Tensor:
+        return z.unflatten(0, (self.samples, -1)).flatten(1)
+
+    def take(self, rows: Tensor) -> "Raised":
+        return Raised([self._rows(mask, rows) for mask in self.masks], len(rows))
 
     def _rows(self, mask: Tensor, rows: Tensor) -> Tensor:
         if len(mask) % self.samples:
