@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from fmce_ops.reverse import Reversal, Status, nearest_logits, propagate, reverse
+from fmce_ops.reverse import Reversal, Status, nearest_logits, reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
@@ -17,7 +17,7 @@ from torchvision import models
 CLASSES = 10
 BATCH = 2
 STEPS = 3  # of training on random labels
-ITERATIONS, MANY = 12, 8000
+HEADS, ITERATIONS, MANY = 50, 12, 8000
 NOISE = 0.05  # of the norm of the stage's input
 # image side, submodule of the last stage
 NETWORKS = {
@@ -72,7 +72,7 @@ def main() -> None:
         "random labels. Median and worst sample of those that needed a change. Made with "
         "`python benchmarks/reverse_networks.py --write`.",
         "",
-        f"- `head`: target the nearest correct logits, margin 1, at most {ITERATIONS} iterations.",
+        f"- `head`: target the nearest correct logits, margin 1, at most {HEADS} iterations.",
         "- `stage`: target what the head asked for, whether or not the stage can make it, at most "
         f"{ITERATIONS} iterations.",
         f"- `stage, reachable`: target what the stage makes of its input and {NOISE:.0%} of noise, "
@@ -92,7 +92,9 @@ def main() -> None:
             page.write_text("\n".join([*lines, "".join(rows.values())]))
 
 
-def study(name: str, steps: int, *, few: int = ITERATIONS, many: int = MANY) -> dict[str, Reversal]:
+def study(
+    name: str, steps: int, *, heads: int = HEADS, few: int = ITERATIONS, many: int = MANY
+) -> dict[str, Reversal]:
     """The reverse steps of one network after so many steps of training."""
     side, stage_name = NETWORKS[name]
     torch.manual_seed(0)
@@ -110,13 +112,14 @@ def study(name: str, steps: int, *, few: int = ITERATIONS, many: int = MANY) -> 
         logits = network(images[:BATCH])
     target = nearest_logits(logits, (logits.argmax(1) + 1) % CLASSES, margin=1)
     head = Rest(network, stage, images[:1])
-    asked = propagate([stage, head], target, seen, max_iterations=few)
+    asked = reverse(head, target, seen[1], max_iterations=heads)
+    given = reverse(stage, asked.x, seen[0], max_iterations=few)
     noise = torch.randn_like(seen[0])
     noise *= NOISE * seen[0].norm() / noise.norm()
     with torch.no_grad():
         near = stage(seen[0] + noise)
     known = reverse(stage, near, seen[0], max_iterations=many)
-    return {"head": asked.results[1], "stage": asked.results[0], "stage, reachable": known}
+    return {"head": asked, "stage": given, "stage, reachable": known}
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
