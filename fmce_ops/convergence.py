@@ -122,11 +122,16 @@ def epoch_markers(
     Raises
     ------
     MarkerError
-        A loss that is not finite and positive, more phases than points, no convergence with
-        ``unconverged="error"``, no fall of the loss, or two phases that meet in one point.
+        A loss that is not finite and positive, a setting out of range, more phases than points, no
+        convergence with ``unconverged="error"``, no fall of the loss, or two phases that meet in
+        one point.
     """
     smoothed, curve = smooth(losses, alpha, method), _checked(losses)
-    if phases < 1 or phases > len(curve):
+    if not mu >= 0:  # nor NaN
+        raise MarkerError(f"mu is {mu}: choose a threshold of 0 or more.")
+    if unconverged not in ("last", "error"):
+        raise MarkerError(f"unconverged is {unconverged!r}: choose 'last' or 'error'.")
+    if phases not in range(1, len(curve) + 1):
         raise MarkerError(
             f"{phases} phases were asked of {len(curve)} recorded points: "
             "choose between 1 and as many phases as there are points, or train for longer."

@@ -189,7 +189,7 @@ def test_every_meeting_is_named():
         epoch_markers(np.exp([0, -31, -45, -49, -50.0]), phases=5, mu=1e-30, alpha=0)
 
 
-@pytest.mark.parametrize("phases", [0, -1, 4])
+@pytest.mark.parametrize("phases", [0, -1, 4, 2.5])
 def test_phases_must_fit_the_points(phases):
     with pytest.raises(MarkerError, match=f"{phases} phases were asked of 3 recorded points"):
         epoch_markers([3, 2, 1], phases=phases)
@@ -239,6 +239,11 @@ def test_settings_out_of_range_are_refused():
         smooth([1, 2], method="median")
     with pytest.raises(MarkerError, match="window is 0"):
         ConvergenceMonitor(window=0)
+    for mu in (-0.1, math.nan):
+        with pytest.raises(MarkerError, match=f"mu is {mu}"):
+            epoch_markers([2, 1], 1, mu)
+    with pytest.raises(MarkerError, match=r"'first': choose 'last' or 'error'"):
+        epoch_markers([2, 1], 1, unconverged="first")
 
 
 # Any curve.
