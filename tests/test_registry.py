@@ -61,7 +61,8 @@ def test_a_model_that_was_begun_is_completed(tmp_path: Path, dies_in: str) -> No
 
 
 REGISTER = """
-import os, sys
+import os, shutil, sys
+import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -75,7 +76,8 @@ network = Network("fmce-net", {"shape": (3, 2, 2), "phases": 4}, {})
 
 
 def made(score, standing, broken=""):
-    original = getattr(MlflowClient, broken, None)
+    owner = mlflow.artifacts if broken == "download_artifacts" else MlflowClient
+    original = getattr(owner, broken, None)
 
     def refuse(*given, **named):
         if "fmce.validation_score" in given:
@@ -86,14 +88,14 @@ def made(score, standing, broken=""):
         state = network.build().state_dict()
         uri = log_network(run, "net", network, state, np.zeros((2, 3, 2, 2), "float32"))
         if broken:
-            setattr(MlflowClient, broken, refuse)
+            setattr(owner, broken, refuse)
         try:
             return register(run, "net", uri, score, lambda folder: standing).alias
         except (TrackingError, MlflowException) as error:
             failure = type(error).__name__
         finally:
             if broken:
-                setattr(MlflowClient, broken, original)
+                setattr(owner, broken, original)
         again = register(run, "net", uri, score, lambda folder: max(standing, score)).alias
         return f"{failure}, then {again}"
 
@@ -102,6 +104,9 @@ print(made(0.9, None))
 print(made(0.4, 0.9))
 print(made(0.3, 0.9, "get_registered_model"))
 print(made(0.95, 0.9, "set_model_version_tag"))
+print(made(0.3, 0.9, "download_artifacts"))
+shutil.rmtree("mlruns")
+print(made(0.2, 0.9))
 """
 
 
@@ -113,4 +118,6 @@ def test_a_failing_registry_makes_no_champion(tmp_path: Path) -> None:
         "challenger",
         "TrackingError, then challenger",
         "MlflowException, then champion",
+        "TrackingError, then challenger",
+        "champion",  # for the files of the last one are gone
     ]

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 import fmce_ops
@@ -158,11 +159,31 @@ def _champion(client: MlflowClient, name: str) -> str | None:
 
 
 def _beats_champion(name: str, score: float, judge: Callable[[Path], float | None]) -> bool:
+    uri = f"models:/{name}@{CHAMPION}"
     try:
-        standing = judge(model_folder(f"models:/{name}@{CHAMPION}"))
+        folder = model_folder(uri)
+    except ModelError as error:
+        if error.__cause__ and _has_files(uri):
+            raise TrackingError(
+                f"the files of {name}'s champion could not be fetched ({error.__cause__}): "
+                f"run the same command again, or take the alias {CHAMPION!r} away."
+            ) from error
+        return True  # gone, or no model of this project: it can serve nobody
+    try:
+        standing = judge(folder)
     except ModelError:
-        return True  # its files are gone or damaged: it can serve nobody
+        return True  # damaged
     return standing is None or score > standing
+
+
+def _has_files(uri: str) -> bool:
+    """Whether the store knows files of it; where the store does not answer, it may have some."""
+    try:
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=uri))
+    except MlflowException as error:
+        return bool(error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
+    except Exception as error:  # every kind of store has errors of its own
+        return not isinstance(error, FileNotFoundError)
 
 
 def model_folder(uri: str) -> Path:
