@@ -412,6 +412,14 @@ def test_a_loss_that_is_never_finite_leaves_nothing(tmp_path, fabric):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_batch_of_one_is_refused_where_nothing_can_be_normalised(tmp_path, fabric):
+    network = tiny()
+    network.backbone[0].stride = (8, 8)  # maps of 1 x 1
+    data = batches(fabric, batch_size=1), validation(fabric)
+    with pytest.raises(TrainingError, match=r"with 1 images at once .*make train\.batch_size"):
+        train_classifier(fabric, network, *data, plan(), tmp_path, Listener())
+
+
 def test_more_points_than_steps_are_refused(tmp_path, fabric):
     with pytest.raises(TrainingError, match="points_per_epoch is 5 but an epoch has 4 steps"):
         train(fabric, tmp_path, tiny(), plan(points_per_epoch=5))

@@ -107,8 +107,8 @@ def train_classifier(
     Raises
     ------
     TrainingError
-        A loss is not finite, there are more points than steps in an epoch, or processes do not see
-        the same ``folder``.
+        A loss is not finite, there are more points than steps in an epoch, the network cannot take
+        so few images, or processes do not see the same ``folder``.
     """
     if plan.points_per_epoch > batches.steps:
         raise TrainingError(
@@ -191,6 +191,17 @@ def _train_point(
     progress.times.append(time.time_ns() // 1_000_000)
 
 
+def _logits(module: nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        logits: Tensor = module(inputs)
+    except ValueError as error:  # as batch norm has it of a single value
+        raise TrainingError(
+            f"the network cannot be trained with {len(inputs)} images at once ({error}): "
+            "make train.batch_size larger."
+        ) from error
+    return logits
+
+
 def _train_steps(
     fabric: Fabric,
     module: nn.Module,
@@ -206,7 +217,7 @@ def _train_steps(
     for step in steps:
         torch.manual_seed(derive_seed(plan.seed, epoch, step, fabric.global_rank))  # dropout
         inputs, labels = batches.batch(epoch, step)
-        logits = module(inputs)
+        logits = _logits(module, inputs)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(loss)
