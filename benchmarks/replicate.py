@@ -265,8 +265,9 @@ def run(work: Work, data: Path) -> dict[str, Any]:
     if not work.images.exists():
         with work.clock("prepare"):
             make_images(work, data)
-    keep_origin(work)
     with Images.open(work.images) as images:
+        refuse_points(work, images)
+        keep_origin(work)
         parts = parts_of(work, images)  # before the hours of training: the disk may be too small
         history, top1 = train(work, images)
         markers = find_markers(work, history)
@@ -277,6 +278,22 @@ def run(work: Work, data: Path) -> dict[str, Any]:
             judge_part(work, images, checkpoints, rows, number, len(parts))
         found = {split: judged(work, len(parts), split) for split in SPLITS}
         return result(work, images, history, top1, markers, len(parts), found)
+
+
+def refuse_points(work: Work, images: Images) -> None:
+    """Refuse more points in an epoch than it has steps.
+
+    Raises
+    ------
+    ParamsError
+        There are more.
+    """
+    steps = max(1, images.counts["train"] // work.setting.batch_size)
+    if work.setting.points_per_epoch > steps:
+        raise ParamsError(
+            f"--points is {work.setting.points_per_epoch}, but an epoch of {work.name} has {steps} "
+            "steps: ask for fewer."
+        )
 
 
 def keep_origin(work: Work) -> None:
@@ -712,9 +729,9 @@ def tables(results: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
             *two,
             "",
-            "Test maps are a quarter of all maps, 5,000 at the scales `cpu` and `cpu-cut`; split "
-            "by images, all ten of a quarter of the images. Of the published table the accuracy "
-            "alone was at hand.",
+            "Maps are those of the classifier's training images, as in the paper; test maps are a "
+            "quarter of them, 5,000 at the scales `cpu` and `cpu-cut`; split by images, all ten of "
+            "a quarter of the images. Of the published table the accuracy alone was at hand.",
             "",
             "### What each cell was, and took",
             "",
@@ -722,7 +739,8 @@ def tables(results: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|---|---|",
             *map(row_cost, results),
             "",
-            "Minutes are those of the clock, most with other work beside it.",
+            "Minutes are those of the clock for images, training, maps and FMCE-Net's training, "
+            "most with other work beside it; the last judgements are not among them.",
             "",
         ]
     )

@@ -245,6 +245,15 @@ def test_a_cell_goes_on_with_its_own_settings_alone(
     assert "was begun with other settings: give those again, or another folder" in said
 
 
+def test_too_many_points_are_refused_and_cost_nothing(
+    tmp_path: Path, script: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script.main([CELL, str(tmp_path), "--data", str(data), "--points", "100"])
+    assert "error: --points is 100, but an epoch of" in capsys.readouterr().err
+    replicate(script, tmp_path, data, "--minutes", "0.0001")  # is not another setting
+
+
 def test_markers_that_meet_are_told_apart_by_more_points(
     tmp_path: Path,
     script: ModuleType,
