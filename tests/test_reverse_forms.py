@@ -124,3 +124,13 @@ def test_pooling_lowers_what_exceeds_and_raises_the_largest():
     x0 = torch.tensor([[[1.0, 5.0, 2.0, 3.0]]])
     x = reverse(nn.MaxPool1d(2), torch.tensor([[[3.0, 4.0]]]), x0).x
     assert x.tolist() == [[[1.0, 3.0, 2.0, 4.0]]]
+
+
+@pytest.mark.parametrize("form", [nn.ReLU(), nn.Sigmoid(), nn.Softmax(1)])
+def test_a_sequential_of_one_part_is_that_part(form):
+    x0 = torch.randn(3, 5)
+    target = form(2 * torch.randn(3, 5))
+    alone = reverse(form, target, x0)
+    for chain in ([form], [nn.Identity(), form, nn.Dropout()], [nn.Sequential(form)]):
+        found = reverse(nn.Sequential(*chain).eval(), target, x0)
+        assert torch.equal(found.x, alone.x) and torch.equal(found.status, alone.status)

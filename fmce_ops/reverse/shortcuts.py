@@ -33,15 +33,16 @@ def shortcut(module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor) -> 
     """The answer that is known without a search, or None.
 
     Linear maps are answered to the precision of the data type, with damping too; closed forms know
-    no damping.
+    no damping. A Sequential of one part that does anything is that part.
     """
     if is_linear(module):
         return _linear(module, target, x0, damping, _precision(x0))
-    inverse = inverse_of(module)
+    links = list(_links(module))
+    inverse = inverse_of(links[0]) if len(links) == 1 else None
     if inverse is None or damping.any():
         return None
     none = torch.zeros_like(damping, dtype=torch.long)
-    return Known(inverse(module, target, x0), none, ~none.bool())
+    return Known(inverse(links[0], target, x0), none, ~none.bool())
 
 
 def chain(module: nn.Module, target: Tensor, x0: Tensor, tolerance: float) -> Known | None:
