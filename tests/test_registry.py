@@ -3,13 +3,34 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
-from tests.project import command
+from tests.project import command, environment
+
+CONNECT = "from fmce_ops.tracking.runs import connect; connect().search_experiments()"
+
+
+def test_a_store_that_was_begun_is_made_anew(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", CONNECT]
+    variables = {**environment(), "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    killed = subprocess.Popen(words, cwd=tmp_path, env=variables)
+    end = time.monotonic() + 120
+    while not any(file.stat().st_size for file in tmp_path.glob(".mlflow.db.*.tmp")):
+        assert killed.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    both = [subprocess.Popen(words, cwd=tmp_path, env=variables) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    files = {path.name for path in tmp_path.iterdir()} - {"mlruns"}
+    assert files == {"mlflow.db"}
+
 
 LOG = """
 import os, signal, sys

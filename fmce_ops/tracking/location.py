@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
 
 
 def home(workspace: Path) -> Path:
@@ -35,8 +35,8 @@ def tracking_uri(project: Path) -> str:
 
 def absolute_uri(uri: str, project: Path) -> str:
     """Make a relative ``sqlite:///`` address, ``file:`` address or path absolute."""
-    if uri.startswith(_SQLITE):
-        return _SQLITE + str(project / uri.removeprefix(_SQLITE))
+    if uri.startswith(SQLITE):
+        return SQLITE + str(project / uri.removeprefix(SQLITE))
     parsed = urlparse(uri)
     if parsed.scheme == "file":
         return (project / url2pathname(parsed.path)).as_uri()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
@@ -23,7 +24,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from fmce_ops.errors import TrackingError
-from fmce_ops.tracking.location import home, tracking_uri
+from fmce_ops.files import atomic, remove_leftovers
+from fmce_ops.tracking.location import SQLITE, home, tracking_uri
 from fmce_ops.training.reporter import Row
 
 if TYPE_CHECKING:
@@ -138,6 +140,8 @@ def connect() -> MlflowClient:
     _refuse_dead_server(uri)
     try:
         os.chdir(project)
+        if uri.startswith(SQLITE):
+            _lay_out(Path(uri.removeprefix(SQLITE)), name)
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(name)
     except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
@@ -148,6 +152,20 @@ def connect() -> MlflowClient:
     finally:
         os.chdir(here)
     return MlflowClient()
+
+
+def _lay_out(database: Path, experiment: str) -> None:
+    """Make a new store whole or not at all: one that is killed among its tables is of no use."""
+    if database.exists() or "?" in database.name or database.name == ":memory:":
+        return
+    file = database.with_name(f"{database.name}.lock")
+    with FileLock(file):
+        remove_leftovers(database)
+        if not database.exists():
+            with atomic(database) as temporary:
+                mlflow.set_tracking_uri(f"{SQLITE}{temporary}")
+                mlflow.set_experiment(experiment)
+        file.unlink(missing_ok=True)  # whoever waits for it finds the store
 
 
 def _refuse_dead_server(uri: str) -> None:
