@@ -22,7 +22,7 @@ UNREADABLE = (  # what PIL raises for files that are damaged or no pictures
     struct.error,
     Image.DecompressionBombError,
 )
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def read_pictures(folder: Path, size: int, count: int) -> Tensor:
@@ -66,7 +66,7 @@ def read_picture(path: Path, size: int, channels: int = 3) -> Tensor:
 def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture; none of its parts may be hidden."""
     shown = not any(part.startswith(".") for part in path.parts)
-    return shown and path.suffix.lower() in SUFFIXES
+    return shown and path.suffix.lower() in _SUFFIXES
 
 
 def square(image: Image.Image, mode: str, side: int) -> NDArray[np.uint8]:
