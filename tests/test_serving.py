@@ -1,12 +1,14 @@
 """The served model and the UI: real server processes on the loopback, stopped by their id."""
 
 import json
+import os
+import signal
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def server(folder: Path, *words: str, ready: str) -> Iterator[str]:
         env=variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120
@@ -41,6 +44,10 @@ def server(folder: Path, *words: str, ready: str) -> Iterator[str]:
         yield address
     finally:
         process.terminate()
+        with suppress(subprocess.TimeoutExpired):  # a worker of MLflow's may not hear it
+            process.wait(timeout=30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
 
 
