@@ -61,6 +61,7 @@ def test_nearest_logits_equal_a_general_optimiser(seed, classes, margin):
         (torch.zeros(3), torch.tensor([0]), 0.0, "give \\(N, K\\)"),
         (torch.zeros(1, 2), [0], 0.0, "labels a list: give tensors"),
         (torch.zeros(1, 2), torch.tensor([0j]), 0.0, "one integer for each"),
+        (torch.zeros(1, 2), torch.tensor([True]), 0.0, "of torch.bool: give one integer"),
         (torch.zeros(1, 2), torch.tensor([0]), "1", "margin is '1'"),
         (torch.zeros(1, 2), torch.tensor([0]), True, "margin is True"),
         (torch.full((1, 2), torch.nan), torch.tensor([0]), 0.0, "NaN or Inf"),
@@ -431,8 +432,8 @@ def test_slices_change_nothing(monkeypatch):
     ("forward", "says"),
     [
         (lambda x: (x, x), "returned a tuple"),
-        (lambda x: x[:1], "made 1 samples of 3"),
-        (lambda x: x[:, :1], "returned \\(3, 1\\)"),
+        (lambda x: x[:1], "made 1 samples of [23]"),
+        (lambda x: x[:, :1], "returned \\([23], 1\\)"),
         (lambda x: x.detach() * 2, "no gradient"),
         (lambda x: x.round().long(), "returned torch.int64"),
         (lambda x: x > 0, "returned torch.bool"),
@@ -441,6 +442,20 @@ def test_slices_change_nothing(monkeypatch):
 def test_modules_that_cannot_be_reversed_are_named(forward, says):
     with pytest.raises(ReverseError, match=f"Bad.*{says}"):
         reverse(Bad(forward), torch.ones(3, 2) * 9, torch.ones(3, 2))
+    network = nn.Sequential(nn.Identity(), nn.Sequential(nn.Sigmoid(), Bad(forward)), nn.Identity())
+    inner = r"Bad \(part 1\.1 of Sequential\)" if "[23], 1" not in says else "Sequential"
+    with pytest.raises(ReverseError, match=rf"^{inner} .*{says}"):
+        reverse(network, torch.ones(3, 2) * 9, torch.ones(3, 2))
+    with pytest.raises(ReverseError, match=rf"^module 2 of 2: {inner} .*{says}"):
+        propagate([nn.Identity(), network], torch.ones(3, 2) * 9, [torch.ones(3, 2)] * 2)
+
+
+def test_the_part_of_a_sequential_that_cannot_take_its_input_is_named():
+    network = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ReverseError) as error:
+        reverse(network, torch.ones(3, 2), torch.ones(3, 2))
+    says = "Linear (part 2 of Sequential) cannot take an input (3, 5) of torch.float32: "
+    assert str(error.value).startswith(says)
 
 
 class Fixed(nn.Module):

@@ -1,6 +1,6 @@
 """What cannot be reversed is refused with one sentence."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from numbers import Integral, Real
 
@@ -103,18 +103,77 @@ def _lacking(value: Tensor) -> str:
     return ""
 
 
-def forward(module: nn.Module, x0: Tensor) -> object:
-    """What the module makes of x0; an input that does not fit is refused."""
+def made(module: nn.Module, x0: Tensor, target: Tensor, what: str = "the target") -> Tensor:
+    """What the module makes of x0, refused if it is not one tensor of floats of target's shape."""
     try:
-        return module(x0.clone())
+        y = module(x0.clone())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the module's own code makes of it
+        name, given = culprit(module, x0)
         reason = str(error).strip().split("\n")[0]
         raise ReverseError(
-            f"{type(module).__name__} cannot take an input {tuple(x0.shape)} of {x0.dtype}: give "
+            f"{name} cannot take an input {tuple(given.shape)} of {given.dtype}: give "
             f"inputs of its shape and type ({reason})."
         ) from error
+    _check_kind(module, x0, y)
+    if y.shape != target.shape:
+        raise ReverseError(
+            f"{type(module).__name__} returned {tuple(y.shape)} and {what} is "
+            f"{tuple(target.shape)}: give one of the output's shape."
+        )
+    return y
+
+
+def _check_kind(module: nn.Module, x0: Tensor, y: object) -> None:
+    if not isinstance(y, Tensor):
+        name, _ = culprit(module, x0)
+        raise ReverseError(
+            f"{name} returned a {type(y).__name__}: only modules that map one tensor to one tensor "
+            "can be reversed, so wrap it."
+        )
+    if not y.is_floating_point():
+        name, _ = culprit(module, x0, Tensor.is_floating_point)
+        raise ReverseError(
+            f"{name} returned {y.dtype}: only modules whose output is of floats can be reversed."
+        )
+    if y.ndim < 1 or len(y) != len(x0):
+        name, _ = culprit(module, x0, lambda made: made.shape[:1] == x0.shape[:1])
+        count = len(y) if y.ndim else "no"
+        raise ReverseError(
+            f"{name} made {count} samples of {len(x0)}: a module that changes the number "
+            "of samples cannot be reversed."
+        )
+
+
+def culprit(
+    module: nn.Module, x0: Tensor, sound: Callable[[Tensor], bool] = lambda _: True
+) -> tuple[str, Tensor]:
+    """The first part of a Sequential whose output is no sound tensor, by type and place; its input.
+
+    Of another module, or where the parts by themselves are sound, the module and x0.
+    """
+    part, place, x = module, list[str](), x0
+    while isinstance(part, nn.Sequential) and type(part).forward is nn.Sequential.forward:
+        for name, child in zip(part._modules, part, strict=True):
+            y = _tried(child, x)
+            if not (isinstance(y, Tensor) and sound(y)):
+                part, place = child, [*place, name]
+                break
+            x = y
+        else:
+            break
+    kind = type(part).__name__
+    if not place:
+        return kind, x0
+    return f"{kind} (part {'.'.join(place)} of {type(module).__name__})", x
+
+
+def _tried(module: nn.Module, x: Tensor) -> object:
+    try:
+        return module(x.clone())
+    except Exception as error:
+        return error
 
 
 def check_apart(module: nn.Module, x0: Tensor, y: Tensor) -> None:
@@ -143,29 +202,3 @@ def check_apart(module: nn.Module, x0: Tensor, y: Tensor) -> None:
             f"{name} makes of a sample by itself something else than in a batch of {len(x0)}: only "
             "modules that take each by itself, and always alike, can be reversed."
         )
-
-
-def check_output(module: nn.Module, y: object, target: Tensor, what: str = "the target") -> Tensor:
-    """The output, refused if it is not one tensor of floats of the target's shape."""
-    name = type(module).__name__
-    if not isinstance(y, Tensor):
-        raise ReverseError(
-            f"{name} returned a {type(y).__name__}: only modules that map one tensor to one tensor "
-            "can be reversed, so wrap it."
-        )
-    if not y.is_floating_point():
-        raise ReverseError(
-            f"{name} returned {y.dtype}: only modules whose output is of floats can be reversed."
-        )
-    if y.ndim < 1 or len(y) != len(target):
-        count = len(y) if y.ndim else "no"
-        raise ReverseError(
-            f"{name} made {count} samples of {len(target)}: a module that changes the number "
-            "of samples cannot be reversed."
-        )
-    if y.shape != target.shape:
-        raise ReverseError(
-            f"{name} returned {tuple(y.shape)} and {what} is {tuple(target.shape)}: give "
-            "one of the output's shape."
-        )
-    return y

@@ -1,6 +1,7 @@
 """The reverse step of a module, and of a network module by module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,10 +11,9 @@ from fmce_ops.errors import ReverseError
 from fmce_ops.reverse.checks import (
     check_apart,
     check_module,
-    check_output,
     check_settings,
     check_tensors,
-    forward,
+    made,
 )
 from fmce_ops.reverse.circulant import forget_twins
 from fmce_ops.reverse.dense import forget_factors
@@ -147,13 +147,25 @@ def propagate(
     settings = Settings(damping, max_iterations, tolerance, max_change)
     targets, results = [target], list[Reversal]()
     outputs = [*activations[1:], None]
-    for module, x0, output in zip(modules, activations, outputs, strict=True):
-        _check_link(module, x0, target if output is None else output, output is None)
+    links = list(zip(modules, activations, outputs, strict=True))
+    for number, (module, x0, output) in enumerate(links):
+        with _placed(number, len(links)):
+            _check_link(module, x0, target if output is None else output, output is None)
     with torch.no_grad():
-        for module, x0, output in zip(*map(reversed, (modules, activations, outputs)), strict=True):
-            results.append(_reverse_changed(settings, module, targets[-1], x0, output))
+        for number, (module, x0, output) in reversed(list(enumerate(links))):
+            with _placed(number, len(links)):
+                results.append(_reverse_changed(settings, module, targets[-1], x0, output))
             targets.append(results[-1].x)
     return Propagation(tuple(reversed(targets)), tuple(reversed(results)))
+
+
+@contextmanager
+def _placed(number: int, count: int) -> Iterator[None]:
+    """An error says which of the modules it is about."""
+    try:
+        yield
+    except ReverseError as error:
+        raise ReverseError(f"module {number + 1} of {count}: {error}") from error
 
 
 def _exact(x: Tensor) -> torch.autocast:
@@ -167,8 +179,7 @@ def _check_link(module: nn.Module, x0: Tensor, following: Tensor, last: bool) ->
     if not len(x0):
         return
     with torch.inference_mode(False), torch.no_grad(), _exact(x0), frozen(module):
-        y = forward(module, x0[:2])
-        check_output(module, y, following[:2], "the target" if last else "the next activation")
+        made(module, x0[:2], following[:2], "the target" if last else "the next activation")
 
 
 def _reverse_changed(
@@ -204,7 +215,7 @@ def _joined(parts: list[Reversal]) -> Reversal:
 def _reverse_slice(settings: Settings, module: nn.Module, target: Tensor, x0: Tensor) -> Reversal:
     if not len(x0):
         return _untouched(x0)
-    y = check_output(module, forward(module, x0), target)
+    y = made(module, x0, target)
     check_apart(module, x0, y)
     gap, size = norms(target - y), torch.maximum(norms(y), norms(target))
     same = gap.isfinite() & (gap <= _ROUNDING * torch.finfo(x0.dtype).eps * size)

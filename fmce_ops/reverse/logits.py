@@ -77,7 +77,8 @@ def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
         raise ReverseError(
             f"the logits are {tuple(logits.shape)} of {logits.dtype}: give (N, K) floats."
         )
-    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
+    whole = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if labels.shape != logits.shape[:1] or not whole:
         raise ReverseError(
             f"the labels are {tuple(labels.shape)} of {labels.dtype}: "
             f"give one integer for each of the {len(logits)} rows of logits."

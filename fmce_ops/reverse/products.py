@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fmce_ops.errors import ReverseError
+from fmce_ops.reverse.checks import culprit
 from fmce_ops.reverse.relus import Rectifier, Relus
 from fmce_ops.reverse.solver import norms
 
@@ -115,8 +116,10 @@ class Linearised:
             self.output = output_of(module, self._x, relus)
             self._y, self.rest = self._before(self.output)
         if not self._y.requires_grad:
+            with torch.enable_grad():
+                name, _ = culprit(module, self._x, lambda made: made.requires_grad)
             raise ReverseError(
-                f"{type(module).__name__} returned a tensor that no gradient comes back from: "
+                f"{name} returned a tensor that no gradient comes back from: "
                 "only differentiable modules can be reversed."
             )
         self._seed: Tensor | None = None
