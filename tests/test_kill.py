@@ -102,7 +102,7 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("features 2/", 0.0),
         ("fmce 1/3", 0.0),
         ("fmce 3/3", 1.0),
-        ("targets of conv5 1/", 0.0),
+        ("targets of conv1..head 1/", 0.0),
         ("posttrain 2/6", 0.1),
         ("pathways 1/2", 0.0),
         ("describe 5/", 0.0),

@@ -36,6 +36,7 @@ from fmce_ops.training.posttrain import (
     soft_loss,
     train_span,
 )
+from fmce_ops.training.posttrain import _record as posttrain_record
 from fmce_ops.training.reporter import Reporters
 from fmce_ops.training.targets import (
     OWN,
@@ -168,7 +169,9 @@ def test_targets_classify_as_they_should_and_own_outputs_are_the_spans(made, ima
     changed = (own != target).reshape(len(own), -1).any(1)
     assert facts["samples"] == len(labels)
     assert facts["changed"] == changed.sum() > 0
-    assert facts["residual"]["worst"] <= 1e-3
+    solved = facts["reversed"]["head"]
+    assert list(facts["reversed"]) == ["head"] and solved["residual"]["worst"] <= 1e-3
+    assert solved["status"] == {"reached": facts["changed"]}
     distance = np.linalg.norm((target - own).reshape(len(own), -1), axis=1)
     assert farthest[0] == distance.argmax()
 
@@ -196,8 +199,8 @@ def test_pulled_targets_lie_nearer_to_the_mean_of_their_class(made, images, tmp_
     assert not np.allclose(plain, drawn)
 
 
-def plan(mode="mixed", epochs=3, lr=3e-3):
-    return PosttrainPlan(mode, epochs, 32, lr, 0.05)
+def plan(mode="mixed", epochs=3, lr=3e-3, schedule="one-cycle"):
+    return PosttrainPlan(mode, epochs, 32, lr, schedule, 0.05)
 
 
 def trained(made, folder, job, plan):
@@ -206,19 +209,51 @@ def trained(made, folder, job, plan):
         return train_span(span, opened, plan, job, folder, torch.device("cpu"))
 
 
+def killed(made, folder, job, plan, epoch, monkeypatch):
+    """A training that is killed before the given epoch is on the disk."""
+
+    def record(*args):
+        if len(args[-1].history) > epoch:
+            raise KeyboardInterrupt
+        posttrain_record(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("fmce_ops.training.posttrain._record", record)
+        trained(made, folder, job, plan)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
 @pytest.mark.parametrize(
     ("mode", "span"), [("mixed", "made"), ("local", "made"), ("soft", "whole")]
 )
 @pytest.mark.parametrize("arm", ["ce", "anchor", "frp"])
-def test_a_training_that_was_cut_goes_on_to_the_same_bytes(request, tmp_path, mode, span, arm):
-    made, job = request.getfixturevalue(span), Job(arm, 1.0, 3)
-    uncut = trained(made, tmp_path / "whole", job, plan(mode))
-    trained(made, tmp_path / "cut", job, plan(mode, epochs=1))
-    cut = trained(made, tmp_path / "cut", job, plan(mode))
-    figures = [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in uncut[1:]]
-    assert figures == [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in cut[1:]]
+def test_a_training_that_was_cut_goes_on_to_the_same_bytes(
+    request, tmp_path, monkeypatch, mode, span, arm, schedule
+):
+    made, job, how = request.getfixturevalue(span), Job(arm, 1.0, 3), plan(mode, schedule=schedule)
+    uncut = trained(made, tmp_path / "whole", job, how)
+    for epoch in (1, 2, 3):
+        killed(made, tmp_path / "cut", job, how, epoch, monkeypatch)
+    cut = trained(made, tmp_path / "cut", job, how)
+    figures = [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy, e.lr) for e in uncut[1:]]
+    assert figures == [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy, e.lr) for e in cut[1:]]
     files = [best_weights(tmp_path / name).read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+def test_the_rate_rises_and_falls_in_one_cycle_or_stays(made, tmp_path):
+    for schedule in ("one-cycle", "constant"):
+        how = plan(epochs=10, lr=1e-3, schedule=schedule)
+        history = trained(made, tmp_path / schedule, Job("ce", 0.0, 0), how)[1:]
+        rates = [epoch.lr for epoch in history]
+        assert [epoch.row().values["lr"] for epoch in history] == rates
+        if schedule == "constant":
+            assert rates == [1e-3] * 10
+        else:
+            top = rates.index(max(rates))
+            assert rates[0] == pytest.approx(1e-3 / 25)
+            assert rates[top] == pytest.approx(1e-3, rel=0.02) and top in (2, 3)
+            assert rates[top:] == sorted(rates[top:], reverse=True) and rates[-1] < 1e-4
 
 
 def test_the_modules_of_one_network_train_in_any_order(made, images, tmp_path):
@@ -234,7 +269,9 @@ def test_the_modules_of_one_network_train_in_any_order(made, images, tmp_path):
 
 
 def test_local_training_comes_nearer_to_its_targets(made, tmp_path):
-    history = trained(made, tmp_path, Job("frp", 0.0, 0), plan("local", epochs=6))
+    history = trained(
+        made, tmp_path, Job("frp", 0.0, 0), plan("local", epochs=6, schedule="constant")
+    )
     assert history[-1].train_loss < 0.7 * history[1].train_loss
 
 
@@ -299,13 +336,13 @@ def test_the_soft_loss_is_the_divergence_of_the_softened_probabilities():
 def test_soft_training_learns_from_its_targets_by_that_loss(whole, tmp_path):
     _, stores, _ = whole
     job = Job("frp", 0.0, 0)
-    one_step = PosttrainPlan("soft", 1, 1000, 1e-3, 0.0)
+    one_step = PosttrainPlan("soft", 1, 1000, 1e-3, "constant", 0.0)
     (_, first) = trained(whole, tmp_path / "one", job, one_step)
     with ShardStore.open(stores / "outputs") as store:
         own, wanted = (store.batch(phase, range(store.manifest.images)) for phase in (OWN, TARGET))
     softened = np.exp(log_softmax(wanted / 3, 1)), np.exp(log_softmax(own / 3, 1))
     assert first.train_loss == pytest.approx(9 * rel_entr(*softened).sum(1).mean(), rel=1e-4)
-    history = trained(whole, tmp_path / "many", job, plan("soft", epochs=6))
+    history = trained(whole, tmp_path / "many", job, plan("soft", epochs=6, schedule="constant"))
     assert history[-1].train_loss < 0.7 * history[1].train_loss
 
 

@@ -151,16 +151,17 @@ class FmceParams(Section):
 class PosttrainParams(Section):
     """Post-training of single modules (arXiv 2506.07188)."""
 
-    modules: Modules | None = None  # names or first..last; null: the last before the head
-    mode: Literal["mixed", "local", "soft"] = "mixed"  # local, soft: the targets alone
+    modules: Modules | None = None  # names or first..last; null: what suits the mode
+    mode: Literal["mixed", "local", "soft"] = "soft"  # local, soft: the targets alone
     margin: Margin = 1.0  # of the corrected logits
     pull: Fraction = 0.5  # of the corrected logits towards the mean of their class
-    folds: Folds = 0  # networks whose logits of unseen images join the checkpoint's
+    folds: Folds = 2  # networks whose logits of unseen images join the checkpoint's
     alphas: Alphas = (0.1, 1.0)  # weights of targets
     epochs: Count = 10
     batch_size: Count = 256
-    lr: Positive = 5e-5
-    weight_decay: Weight = 5e-2
+    lr: Positive = 1e-3
+    schedule: Literal["one-cycle", "constant"] = "one-cycle"
+    weight_decay: Weight = 1e-2
     seeds: Count = 3
     images_per_shard: Count = 4096
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmce_ops.data import Images, to_input
 from fmce_ops.figures import arms_figure, gradcam, targets_figure
 from fmce_ops.files import write_json, write_table
 from fmce_ops.models import Classifier, functional_modules, load_into
+from fmce_ops.reverse import reverse
 from fmce_ops.shards import ShardStore
 from fmce_ops.stages.champion import on_validation
 from fmce_ops.stages.folds import fold_logits
@@ -51,11 +52,13 @@ from fmce_ops.training.targets import (
     TargetSettings,
     find_spans,
     most_changed,
+    whole_span,
     write_targets,
 )
 
 SECTIONS = ["data", "model", "train", "posttrain"]
 NAME = "fmce-posttrained"
+_PLAN = {"mode", "epochs", "batch_size", "lr", "schedule", "weight_decay"}
 PICTURES = 4  # images that are shown with their targets
 METRICS, TABLE = RESULTS / "posttrain.json", RESULTS / "posttrain.csv"
 
@@ -129,7 +132,10 @@ class _Study:
 
     def spans_of(self, classifier: Classifier) -> list[Span]:
         """The same spans of a copy of the network."""
-        return find_spans(functional_modules(classifier), self.params.posttrain.modules)
+        modules, settings = functional_modules(classifier), self.params.posttrain
+        soft = settings.mode == "soft"
+        names = settings.modules or ([whole_span(modules)] if soft else None)
+        return find_spans(modules, names)
 
     def pairs(self) -> list[tuple[Arm, int]]:
         """Every arm with every seed."""
@@ -152,8 +158,7 @@ class _Study:
     def train(self) -> _Histories:
         """Train every job, side by side where there are processes for it."""
         settings = self.params.posttrain
-        chosen = settings.model_dump(include={"mode", "epochs", "batch_size", "lr", "weight_decay"})
-        plan = PosttrainPlan(**chosen)
+        plan = PosttrainPlan(**settings.model_dump(include=_PLAN))
         every = [
             (span, job)
             for span in self.spans
@@ -234,7 +239,8 @@ def _publish(
         for control, theirs in by_arm.items()
         if control != "frp"
     }
-    winner = max(by_arm["frp"], key=lambda outcome: outcome.val.rank)
+    winner = max(by_arm["frp"], key=_rank)
+    best = max([winner, *outcomes], key=_rank)
     arms = {arm: [_record(o) for o in found] for arm, found in by_arm.items()}
     summary = {
         "mode": study.params.posttrain.mode,
@@ -242,6 +248,7 @@ def _publish(
         "targets": facts,
         "arms": arms,
         "gain_of_frp": gains,
+        "best_on_validation": {"arm": best.arm, **_record(best)},
         "changed": sorted(winner.changed),
         "val_accuracy": winner.val.accuracy,
         "test_accuracy": winner.test.accuracy,
@@ -251,6 +258,8 @@ def _publish(
     tests = {arm: _accuracies(found, "test") for arm, found in by_arm.items()}
     intervals = {control: Interval(**found["test"]) for control, found in gains.items()}
     stage.figure(arms_figure(tests, intervals), "arms.png")
+    for old in (RESULTS / stage.name).glob("targets-*.png"):  # of other spans, perhaps
+        old.unlink()
     for span in study.spans:
         stage.figure(_before_and_after(study, span, winner), f"targets-{span.name}.png")
     if stage.run:
@@ -267,6 +276,10 @@ def _stores(study: _Study) -> dict[str, Path]:
             for file in sorted(folder.iterdir()):
                 files[f"{span.name}/{store}/{file.name}"] = file
     return files
+
+
+def _rank(outcome: _Outcome) -> tuple[float, float]:
+    return outcome.val.rank
 
 
 def _accuracies(outcomes: Sequence[_Outcome], split: str) -> list[float]:
@@ -298,7 +311,9 @@ def _before_and_after(study: _Study, span: Span, winner: _Outcome) -> Figure:
     """The images whose targets ask for the greatest change."""
     with ShardStore.open(TARGETS / span.name / OUTPUTS) as store:
         rows = most_changed(store, PICTURES)
-        made, target = (store.batch(phase, rows) for phase in (OWN, TARGET))
+        made, target = (torch.from_numpy(store.batch(phase, rows)) for phase in (OWN, TARGET))
+    if not len(span.behind):
+        made, target = _before_head(span, rows, target)
     pixels, labels = zip(*(study.images.read("train", row, row + 1) for row in rows), strict=True)
     images, label = torch.cat(pixels), torch.cat(labels)
     inputs = to_input(
@@ -306,7 +321,17 @@ def _before_and_after(study: _Study, span: Span, winner: _Outcome) -> Figure:
     )
     heat = [gradcam(network.cpu(), inputs, label) for network in (study.classifier, winner.network)]
     names = [study.images.classes[number] for number in label.tolist()]
-    return targets_figure(images, names, made, target, heat[0], heat[1])
+    return targets_figure(images, names, made.numpy(), target.numpy(), heat[0], heat[1])
+
+
+def _before_head(span: Span, rows: list[int], target: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head of a span reads of the images at the rows, and what it should have read."""
+    with ShardStore.open(TARGETS / span.name / INPUTS) as store:
+        read = torch.from_numpy(store.batch(1, rows))
+    *body, head = copy.deepcopy(span.inside).cpu().eval()
+    with torch.inference_mode():
+        made = nn.Sequential(*body)(read)
+    return made, reverse(head, target, made).x
 
 
 def _log(
@@ -328,7 +353,7 @@ def _log(
                 child.params({"alpha": choice.job.alpha, "best_epoch": choice.best.epoch})
                 child.begin(name, study.params.posttrain.epochs)
                 for epoch in histories[span.name, choice.job]:
-                    child.row(epoch.row(study.params.posttrain.lr))
+                    child.row(epoch.row())
                 figures = {"val": outcome.val, "test": outcome.test}
                 child.final({f"{s}/final_accuracy": j.accuracy for s, j in figures.items()}, now())
     finals = {

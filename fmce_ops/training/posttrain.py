@@ -5,6 +5,7 @@ statistics of batch norm do not move, and dropout is off: the span stays in eval
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from fmce_ops.data import Images, to_input
 from fmce_ops.errors import ModelError, TrainingError
@@ -26,6 +28,7 @@ from fmce_ops.training.targets import INPUTS, OUTPUTS, OWN, TARGET, VALIDATION, 
 
 Arm = Literal["ce", "anchor", "frp"]
 Mode = Literal["mixed", "local", "soft"]
+Schedule = Literal["one-cycle", "constant"]
 ARMS: tuple[Arm, ...] = ("ce", "anchor", "frp")
 _BATCH = 512  # images that are judged at a time
 _MEMORY = 0.9  # of the running means that weigh the two parts of the loss
@@ -35,19 +38,22 @@ _TEMPERATURE = 3.0  # of soft targets, at which the classes beside the label cou
 
 @dataclass(frozen=True)
 class PosttrainPlan:
-    """How every arm is trained: AdamW at a constant rate.
+    """How every arm is trained, by AdamW.
 
     Attributes
     ----------
     mode : the loss of ``anchor`` and ``frp``. ``mixed`` is the cross-entropy and the weighted
         squared error of the targets, ``local`` the squared error alone, ``soft`` the
         `soft_loss` of targets that are logits alone.
+    schedule : ``one-cycle`` rises to ``lr`` and falls to nothing, batch by batch; ``constant``
+        stays there.
     """
 
     mode: Mode
     epochs: int
     batch_size: int
     lr: float
+    schedule: Schedule
     weight_decay: float
 
 
@@ -80,6 +86,7 @@ class PosttrainEpoch:
     train_loss: float
     val_loss: float
     val_accuracy: float
+    lr: float = 0.0  # of its first step
     images_per_second: float = 0.0
     time: int = 0  # ms since 1970
 
@@ -88,14 +95,14 @@ class PosttrainEpoch:
         """As `Judgement.rank`, on validation."""
         return self.val_accuracy, -self.val_loss
 
-    def row(self, lr: float) -> Row:
+    def row(self) -> Row:
         """What a reporter is told."""
         values = {
             "epoch": float(self.epoch),
             "train/loss": self.train_loss,
             "val/loss": self.val_loss,
             "val/accuracy": self.val_accuracy,
-            "lr": lr,
+            "lr": self.lr,
             "images_per_second": self.images_per_second,
         }
         told = {name: value for name, value in values.items() if value == value}
@@ -208,9 +215,10 @@ def train_span(
         first = _judge_span(inside, behind, stores.validation, device)
         state.history.append(PosttrainEpoch(0, float("nan"), first.loss, first.accuracy))
         _record(folder, inside, optimizer, state)
+    schedule = _scheduled(optimizer, plan, stores.inputs.manifest.images, len(state.history) - 1)
     for epoch in range(len(state.history), plan.epochs + 1):
-        started = time.perf_counter()
-        loss = _train_epoch(inside, behind, optimizer, stores, plan, job, epoch, state, device)
+        started, lr = time.perf_counter(), float(schedule.get_last_lr()[0])
+        loss = _train_epoch(inside, behind, schedule, stores, plan, job, epoch, state, device)
         speed = stores.inputs.manifest.images / (time.perf_counter() - started)
         found = _judge_span(inside, behind, stores.validation, device)
         if not (np.isfinite(loss) and np.isfinite(found.loss)):
@@ -219,7 +227,8 @@ def train_span(
                 "lower posttrain.lr."
             )
         now = time.time_ns() // 1_000_000
-        state.history.append(PosttrainEpoch(epoch, loss, found.loss, found.accuracy, speed, now))
+        figures = loss, found.loss, found.accuracy, lr, speed, now
+        state.history.append(PosttrainEpoch(epoch, *figures))
         _record(folder, inside, optimizer, state)
     return state.history
 
@@ -279,10 +288,21 @@ def _judge(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Judg
     return Judgement(loss / count, hits / count)
 
 
+def _scheduled(
+    optimizer: torch.optim.Optimizer, plan: PosttrainPlan, images: int, epochs: int
+) -> LRScheduler:
+    """The rates, a step for each batch; ``epochs`` lie behind."""
+    batches = math.ceil(images / plan.batch_size)
+    last = epochs * batches - 1
+    if plan.schedule == "constant":
+        return ConstantLR(optimizer, factor=1.0, last_epoch=last)
+    return OneCycleLR(optimizer, plan.lr, plan.epochs * batches, last_epoch=last)
+
+
 def _train_epoch(
     inside: nn.Module,
     behind: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
     stores: Stores,
     plan: PosttrainPlan,
     job: Job,
@@ -306,9 +326,10 @@ def _train_epoch(
             labels = torch.from_numpy(stores.inputs.label[batch.position.numpy()]).to(device)
             entropy = F.cross_entropy(behind(outputs), labels)
             loss = entropy + _weight(job, state, entropy.item(), loss.item()) * loss
-        optimizer.zero_grad(set_to_none=True)
+        schedule.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        schedule.optimizer.step()
+        schedule.step()
         total += loss.item() * len(batch.maps)
     return total / images
 

@@ -8,7 +8,8 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fmce_ops.training.reporter import Reporter, Row
 
 INPUTS, OUTPUTS, VALIDATION = "inputs", "outputs", "validation"  # the stores of a span
 OWN, TARGET = 1, 2  # the phases of the store of outputs
+_REPORTED = ("residual", "change", "iterations", "status")  # of a `Reversal`
 _Key = tuple[str, int]  # store and phase
 _Rows = dict[_Key, Tensor]
 
@@ -38,12 +40,14 @@ class Span:
     ----------
     name : as in the parameters, such as ``conv5`` or ``stage4..head``.
     before, inside, behind : the modules of the network in their order, divided at the span.
+    following : names of the modules behind.
     """
 
     name: str
     before: nn.Sequential
     inside: nn.Sequential
     behind: nn.Sequential
+    following: tuple[str, ...]
 
 
 def find_span(modules: Mapping[str, nn.Module], name: str | None) -> Span:
@@ -70,9 +74,10 @@ def find_span(modules: Mapping[str, nn.Module], name: str | None) -> Span:
             )
         name = inner[-1]
     start, stop = _bounds(names, weighted, name)
-    chain = list(modules.values())
-    parts = chain[:start], chain[start:stop], chain[stop:]
-    return Span(name, *(nn.Sequential(*part) for part in parts))
+    every = list(modules.values())
+    parts = every[:start], every[start:stop], every[stop:]
+    before, inside, behind = (nn.Sequential(*part) for part in parts)
+    return Span(name, before, inside, behind, tuple(names[stop:]))
 
 
 def _bounds(names: list[str], weighted: list[str], span: str) -> tuple[int, int]:
@@ -102,6 +107,12 @@ def _bounds(names: list[str], weighted: list[str], span: str) -> tuple[int, int]
 
 def _has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
+
+
+def whole_span(modules: Mapping[str, nn.Module]) -> str:
+    """The name of the span that is the whole network."""
+    names = list(modules)
+    return f"{names[0]}..{names[-1]}"
 
 
 def find_spans(modules: Mapping[str, nn.Module], names: Sequence[str] | None) -> list[Span]:
@@ -158,7 +169,8 @@ def write_targets(
 
     Returns
     -------
-    How the reverse steps went: samples that changed, residual, change, iterations, statuses.
+    Samples, how many of them changed, and for each module behind the span how its reverse steps
+    went: residual, change and iterations, statuses.
     """
     network = nn.Sequential(span.before, span.inside, span.behind).to(fabric.device).eval()
     means = _class_means(fabric, network, images, settings, held_out) if settings.pull else None
@@ -188,7 +200,7 @@ def write_targets(
         for store in (INPUTS, OUTPUTS, VALIDATION):
             _write_manifest(store, read, images, folder)
     fabric.barrier()
-    return _summary([facts["reversal"] for facts in read if facts["reversal"]["samples"]])
+    return _summary(span, [facts["facts"] for facts in read if facts["facts"]["samples"]])
 
 
 @dataclass(frozen=True)
@@ -283,21 +295,22 @@ class _Maker:
 
     def rows(
         self, split: str, inputs: Tensor, labels: Tensor, positions: Tensor
-    ) -> tuple[_Rows, Reversal | None]:
-        """The rows of a batch, and how the first module behind the span was reversed."""
+    ) -> tuple[_Rows, tuple[Reversal, ...]]:
+        """The rows of a batch, and how the modules behind the span were reversed."""
         read = self.span.before(inputs)
         if split == "val":
-            return {(VALIDATION, 1): read}, None
+            return {(VALIDATION, 1): read}, ()
         passed = [self.span.inside(read)]
         for module in self.span.behind:
             passed.append(module(passed[-1]))
         source = _source(passed[-1], positions, self.held_out)
-        target, reversal = corrected(source, labels, self.settings, self.means), None
+        target = corrected(source, labels, self.settings, self.means)
+        reversals: tuple[Reversal, ...] = ()
         if len(self.span.behind):
             found = propagate(list(self.span.behind), target, passed[:-1])
-            target, reversal = found.targets[0], found.results[0]
+            target, reversals = found.targets[0], found.results
         rows = {(INPUTS, 1): read, (OUTPUTS, OWN): passed[0], (OUTPUTS, TARGET): target}
-        return rows, reversal
+        return rows, reversals
 
 
 @torch.no_grad()
@@ -330,38 +343,35 @@ def _write_part(
         for inputs, labels, positions in _pixels(
             fabric, images, part.split, part.start, stop, settings
         ):
-            rows, reversal = maker.rows(part.split, inputs, labels, positions)
-            facts.add(rows, reversal)
+            rows, reversals = maker.rows(part.split, inputs, labels, positions)
+            facts.add(rows, reversals)
             for key, writer in writers.items():
                 writer.append(rows[key], positions.numpy(), labels.cpu().numpy())
     records = [[store, vars(writer.close())] for (store, _), writer in writers.items()]
     shape = {store: list(shapes[store, phase]) for store, phase in keys}
-    return {"shards": records, "shapes": shape, "reversal": facts.__dict__}
+    return {"shards": records, "shapes": shape, "facts": asdict(facts)}
 
 
 @dataclass
 class _Facts:
-    """How the reverse steps of a part went; one value for each sample that was solved for."""
+    """How a part went; of each module behind the span, one value for each sample solved for."""
 
     samples: int = 0
     changed: int = 0
-    residual: list[float] = field(default_factory=list)
-    change: list[float] = field(default_factory=list)
-    iterations: list[int] = field(default_factory=list)
-    status: list[int] = field(default_factory=list)
+    steps: list[dict[str, list[float]]] = field(default_factory=list)
 
-    def add(self, rows: _Rows, reversal: Reversal | None) -> None:
+    def add(self, rows: _Rows, reversals: Sequence[Reversal]) -> None:
         """Count a batch."""
         if (OUTPUTS, OWN) not in rows:
             return
         own, target = rows[OUTPUTS, OWN], rows[OUTPUTS, TARGET]
         self.samples += len(own)
         self.changed += int((own != target).flatten(1).any(1).sum())
-        if reversal is None:
-            return
-        solved = reversal.status != Status.UNCHANGED
-        for name in ("residual", "change", "iterations", "status"):
-            getattr(self, name).extend(getattr(reversal, name)[solved].tolist())
+        self.steps = self.steps or [{name: [] for name in _REPORTED} for _ in reversals]
+        for step, reversal in zip(self.steps, reversals, strict=True):
+            solved = reversal.status != Status.UNCHANGED
+            for name, values in step.items():
+                values.extend(getattr(reversal, name)[solved].tolist())
 
 
 def _write_manifest(
@@ -381,15 +391,26 @@ def _write_manifest(
     ).save(folder / store)
 
 
-def _summary(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(span: Span, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {name: sum(p[name] for p in parts) for name in ("samples", "changed")}
-    for name in ("residual", "change", "iterations"):
-        values = np.array([value for part in parts for value in part[name]])
-        if len(values):
-            summary[name] = {"median": float(np.median(values)), "worst": float(values.max())}
-    statuses = [status for part in parts for status in part["status"]]
-    summary["status"] = {s.name.lower(): statuses.count(s) for s in Status if s in statuses}
+    steps = zip(*(part["steps"] for part in parts), strict=True)
+    summary["reversed"] = {
+        name: _spread({what: list(chain(*(part[what] for part in step))) for what in _REPORTED})
+        for name, step in zip(span.following, steps, strict=True)
+    }
     return summary
+
+
+def _spread(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Median and worst of all samples, and how many ended how."""
+    statuses = values["status"]
+    counts = {s.name.lower(): statuses.count(s) for s in Status if s in statuses}
+    found: dict[str, Any] = {"status": counts}
+    for name in ("residual", "change", "iterations"):
+        if values[name]:
+            spread = {"median": float(np.median(values[name])), "worst": float(max(values[name]))}
+            found[name] = spread
+    return found
 
 
 def most_changed(store: ShardStore, count: int) -> list[int]:
