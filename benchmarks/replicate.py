@@ -824,7 +824,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cell", nargs="?", choices=CELLS)
     parser.add_argument("state", nargs="?", type=Path, help="folder that keeps all that is done")
-    layout = "folder with MNIST/raw, cifar-10-batches-py or cifar10/, mini-imagenet/"
+    layout = "folder with MNIST/raw, cifar-10-batches-py or cifar10/, mini-imagenet/; the first "
+    layout += "slice makes its own images of it"
     parser.add_argument("--data", type=Path, default=Path("data/raw"), help=layout)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--minutes", type=positive, default=math.inf, help="of this slice")
@@ -867,7 +868,7 @@ def seed(text: str) -> int:
 
 def replicate(given: argparse.Namespace) -> None:
     """Work at a cell, and write its result."""
-    name = f"{given.cell}-{given.scale}-{given.seed}"
+    name = name_of(given)
     folder = given.state / name
     if not (folder / IMAGES).exists():
         source(CELLS[given.cell].dataset, given.data)  # before a folder is made for nothing
@@ -877,6 +878,14 @@ def replicate(given: argparse.Namespace) -> None:
         write_json(RESULTS / f"{name}.json", found)
         shutil.rmtree(folder)
     print(f"{RESULTS.name}/{name}.json is written")
+
+
+def name_of(given: argparse.Namespace) -> str:
+    """Of the folder and the result of a cell: what else is asked for makes another."""
+    name = f"{given.cell}-{given.scale}-{given.seed}"
+    if given.points not in (None, SCALES[given.scale].points_per_epoch):
+        name += f"-points{given.points}"
+    return name + ("-compile" if given.compile else "")
 
 
 @contextmanager

@@ -35,6 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from replicate import count
+
 CLASSES = 10
 
 
@@ -259,11 +261,11 @@ convolution reaches {peak / 1e12:.2f} T operations a second.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="shufflenet_v2_x1_0")
-    parser.add_argument("--size", type=int, default=64, help="px that the network sees")
-    parser.add_argument("--side", type=int, default=32, help="px of the pictures")
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=3, help="that are timed, behind a first")
+    parser.add_argument("--size", type=count, default=64, help="px that the network sees")
+    parser.add_argument("--side", type=count, default=32, help="px of the pictures")
+    parser.add_argument("--images", type=count, default=1024)
+    parser.add_argument("--batch-size", type=count, default=64)
+    parser.add_argument("--epochs", type=count, default=3, help="that are timed, behind a first")
     parser.add_argument("--workers", type=int, default=min(16, (os.cpu_count() or 2) - 1))
     parser.add_argument("--compile", action="store_true", help="a row with torch.compile")
     parser.add_argument("--write", action="store_true", help="keep the table in throughput.md")

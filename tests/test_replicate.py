@@ -63,14 +63,23 @@ def replicate(script: ModuleType, state: Path, data: Path, *options: str) -> boo
     return True
 
 
-def found(script: ModuleType) -> dict:
+def found(script: ModuleType, asked: str = "") -> dict:
     """The result, less what is of the clock."""
-    path = script.RESULTS / f"{CELL}-cpu-0.json"
+    path = script.RESULTS / f"{CELL}-cpu-0{asked}.json"
     whole = json.loads(path.read_text())
     path.unlink()
     assert set(whole.pop("seconds")) >= {"prepare", "train", "features", "fmce, split by image"}
     assert whole.pop("finished")
     return whole
+
+
+def test_what_is_asked_for_beside_the_scale_names_another_result(script: ModuleType) -> None:
+    def name(*options: str) -> str:
+        return script.name_of(script.parsed([CELL, "state", *options]))
+
+    assert name() == name("--points", "1") == f"{CELL}-cpu-0"  # as the scale has it
+    assert name("--seed", "3", "--points", "4") == f"{CELL}-cpu-3-points4"
+    assert name("--compile", "--disk", "2") == f"{CELL}-cpu-0-compile"
 
 
 @pytest.mark.parametrize(("minutes", "most"), [("0.02", 60), ("0.000001", 24 + PHASES + 2 * 2)])
@@ -269,7 +278,7 @@ def test_markers_that_meet_are_told_apart_by_more_points(
     assert said.endswith("and start the cell again with --points 2 or more.\n")
     shutil.rmtree(tmp_path / f"{CELL}-cpu-0")
     assert replicate(script, tmp_path, data, "--points", "6")
-    assert found(script)["setting"]["points_per_epoch"] == 6
+    assert found(script, "-points6")["setting"]["points_per_epoch"] == 6
 
 
 def test_the_result_names_every_machine_and_commit(
