@@ -6,7 +6,7 @@ import torch
 from fmce_ops.errors import ReverseError
 from fmce_ops.reverse import Status, descent, nearest_logits, propagate, reverse
 from fmce_ops.reverse.problem import Problem, Search
-from fmce_ops.reverse.products import frozen
+from fmce_ops.reverse.products import Linearised, frozen
 from fmce_ops.reverse.quasi_newton import lbfgs
 from fmce_ops.reverse.relus import Raised
 from fmce_ops.reverse.waking import wake
@@ -681,3 +681,23 @@ def test_the_gpu_answers_the_same():
     target = module(x0 + 0.1).detach()
     here, there = reverse(module, target, x0), reverse(module.cuda(), target.cuda(), x0.cuda())
     assert torch.allclose(here.change, there.change.cpu(), rtol=1e-2)
+
+
+def test_no_pass_is_made_that_no_iteration_reads(monkeypatch):
+    counts = {"push": 0, "pull": 0}
+    for name in counts:
+        product = getattr(Linearised, name)
+
+        def counted(self, v, name=name, product=product):
+            counts[name] += len(v) == 3
+            return product(self, v)
+
+        monkeypatch.setattr(Linearised, name, counted)
+    torch.manual_seed(0)
+    stage, x0 = models.resnet18().layer4.eval(), torch.randn(3, 256, 4, 4).relu()
+    with torch.no_grad():
+        target = stage(x0) + torch.randn(3, 512, 2, 2)
+    result = reverse(stage, target, x0)
+    assert result.iterations.tolist() == [12] * 3
+    # Two steps of six iterations: each begins with a gradient, and the last needs no new one.
+    assert counts == {"push": 12, "pull": 12}

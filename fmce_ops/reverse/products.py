@@ -122,7 +122,7 @@ class Linearised:
                 f"{name} returned a tensor that no gradient comes back from: "
                 "only differentiable modules can be reversed."
             )
-        self._seed: Tensor | None = None
+        self._pulled: tuple[Tensor, Tensor] | None = None  # a vector, and J^T of it with its graph
 
     def _before(self, made: Output) -> tuple[Tensor, Tensor]:
         if self._target is None or self._relus is None:
@@ -143,15 +143,21 @@ class Linearised:
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u: (n, ...) of the output -> (n, ...) of the input."""
+        if self._pulled is None:
+            return self._first(u)[1].detach()
         return _gradient(self._y, self._x, u)
+
+    def _first(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The first J^T u, whose graph every ``push`` is the derivative of, whatever u is."""
+        seed = u.detach().clone().requires_grad_()
+        self._pulled = seed, _gradient(self._y, self._x, seed, create_graph=True)
+        return self._pulled
 
     def push(self, v: Tensor) -> Tensor:
         """J v: (n, ...) of the input -> (n, ...) of the output."""
-        if self._seed is None:
-            self._seed = torch.zeros_like(self._y, requires_grad=True)
-            self._pulled = _gradient(self._y, self._x, self._seed, create_graph=True)
+        seed, pulled = self._pulled or self._first(torch.zeros_like(self._y))
         with suppress(RuntimeError):
-            found = _derivative(self._pulled, self._seed, v)
+            found = _derivative(pulled, seed, v)
             if found is not None:
                 return found
         return self._forward_mode(v)

@@ -91,12 +91,14 @@ def least_squares(
         length_of_step = torch.where(live & (curvature > 0), gamma / curvature, 0)
         alpha = spread(length_of_step, p)
         d = torch.addcmul(d, alpha, p)
-        s = torch.addcmul(s, alpha, torch.addcmul(operator.pull(q), spread(shift, p), p), value=-1)
         energy = energy - length_of_step * gamma
-        previous, gamma = gamma, norms(s).square()
         count[rows] += live
-        live = live & (curvature > 0) & (energy > least_energy) & (gamma > least_gamma)
-        live &= done + 1 < limit
+        live = live & (curvature > 0) & (energy > least_energy) & (done + 1 < limit)
+        if not live.any():  # no gradient is needed any more
+            break
+        s = torch.addcmul(s, alpha, torch.addcmul(operator.pull(q), spread(shift, p), p), value=-1)
+        previous, gamma = gamma, norms(s).square()
+        live &= gamma > least_gamma
         p = torch.addcmul(s, spread(torch.where(live, gamma / previous, 0), p), p)
     step[rows], residual[rows] = d, energy.clamp(min=0).sqrt()
     return Solution(step, residual, count)
