@@ -5,8 +5,8 @@
 
 A cell is a data set and a network. The first command works for about that many minutes, keeps all
 that it did in the folder STATE, and goes on from there when it is given again; its exit status is
-75 until it has written benchmarks/results/CELL-SCALE-SEED.json. The second command writes all
-results into docs/results.md.
+75 until it has written benchmarks/results/CELL-SCALE-SEED.json (--points and --compile are added to
+the name). The second command writes all results into docs/results.md.
 
 DATA holds MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/{train,val}, as
 their downloads leave them; where there is no val, a twentieth of the training images is taken. The
