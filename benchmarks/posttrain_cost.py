@@ -131,7 +131,7 @@ def fine_tune(
 def own_training(span: Span, images: Images, epochs: int) -> tuple[float, float]:
     """Seconds for the targets and for the training from them, validation included."""
     settings = TargetSettings(1.0, 0.0, SIZE, 4096, BATCH)
-    plan = PosttrainPlan("local", epochs, BATCH, 5e-5, 5e-2)
+    plan = PosttrainPlan("local", epochs, BATCH, 5e-5, "constant", 5e-2)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         write_targets(launch(), span, images, settings, Path(folder), Reporters())
