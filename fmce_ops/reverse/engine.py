@@ -47,7 +47,7 @@ def reverse(
     x0: Tensor,
     *,
     damping: float = 0.0,
-    max_iterations: int = 12,
+    max_iterations: int = 10,
     tolerance: float = 1e-3,
     max_change: float = 10.0,
 ) -> Reversal:
@@ -115,7 +115,7 @@ def propagate(
     activations: Sequence[Tensor],
     *,
     damping: float = 0.0,
-    max_iterations: int = 12,
+    max_iterations: int = 10,
     tolerance: float = 1e-3,
     max_change: float = 10.0,
 ) -> Propagation:
