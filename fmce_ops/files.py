@@ -49,8 +49,11 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of ``path``, while a lock keeps others from writing it."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    """Remove what killed processes left of ``path``, while a lock keeps others from writing it.
+
+    SQLite keeps a journal beside a database, under its name and ``-journal``.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:

@@ -70,7 +70,7 @@ def test_a_file_that_was_never_written_does_not_appear(tmp_path):
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     kept = ["out[1].h5", ".out[1].h5.tmp", ".other.h5.1.tmp", ".out1.h5.1.tmp"]
-    for name in [*kept, ".out[1].h5.12.tmp"]:
+    for name in [*kept, ".out[1].h5.12.tmp", ".out[1].h5.12.tmp-journal"]:
         (tmp_path / name).write_text("x")
     (tmp_path / ".out[1].h5.9.tmp" / "within").mkdir(parents=True)
     remove_leftovers(tmp_path / "out[1].h5")

@@ -102,6 +102,7 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("features 2/", 0.0),
         ("fmce 1/3", 0.0),
         ("fmce 3/3", 1.0),
+        ("train 3/6", 0.1),  # of a fold
         ("targets of conv1..head 1/", 0.0),
         ("posttrain 2/6", 0.1),
         ("pathways 1/2", 0.0),
@@ -118,6 +119,7 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     assert not list(folder.glob("data/.*.tmp")) and not list(folder.glob("results/.*.tmp"))
     found = stages(folder)
     assert len(found.pop("posttrain-arm")) == 3 * 2
+    assert len(found.pop("posttrain-fold")) == 2
     assert len(found.pop("pathways-arm")) == 2
     names = ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways"]
     names += ["study@one", "study@two", "maturity", "report"]
