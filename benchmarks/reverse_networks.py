@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 from fmce_ops.reverse import Reversal, Status, nearest_logits, reverse
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
 CLASSES = 10
 BATCH = 2
-STEPS = 3  # of training on random labels
+STEPS, PER_STEP, TRAINED_ON, TESTED_ON = 60, 32, 1000, 200  # steps and images of the training
+STATISTICS = 64  # images that batch norm takes its statistics from, trained or not
 HEADS, ITERATIONS, MANY = 50, 12, 8000
 NOISE = 0.05  # of the norm of the stage's input
 # image side, submodule of the last stage
@@ -26,15 +28,19 @@ NETWORKS = {
     "wide_resnet50_2": (64, "layer4"),
     "densenet121": (64, "features.denseblock4"),
     "googlenet": (64, "inception5b"),
+    "inception_v3": (96, "Mixed_7c"),
     "mobilenet_v2": (64, "features.18"),
     "mobilenet_v3_small": (64, "features.12"),
     "shufflenet_v2_x0_5": (64, "conv5"),
     "efficientnet_b0": (64, "features.8"),
+    "efficientnet_v2_s": (64, "features.7"),
     "mnasnet0_5": (64, "layers.14"),
     "regnet_y_400mf": (64, "trunk_output.block4"),
     "convnext_tiny": (64, "features.7"),
     "vit_b_32": (64, "encoder.layers.encoder_layer_11"),
     "swin_t": (64, "features.7"),
+    "swin_v2_t": (64, "features.7"),
+    "squeezenet1_1": (64, "features.12"),
     "alexnet": (64, "features.10"),
     "vgg11_bn": (32, "features.25"),
     "maxvit_t": (224, "blocks.3"),
@@ -68,8 +74,9 @@ def main() -> None:
     lines = [
         "# Reverse steps through torchvision's families",
         "",
-        f"{CLASSES} classes, batch {BATCH}; weights random, or after {STEPS} steps of training on "
-        "random labels. Median and worst sample of those that needed a change. Made with "
+        f"scikit-learn's digits, enlarged; batch {BATCH}; weights random, or after {STEPS} steps "
+        f"of {PER_STEP} images, behind them the share of {TESTED_ON} other images that the "
+        "network reads right. Median and worst sample of those that needed a change. Made with "
         "`python benchmarks/reverse_networks.py --write`.",
         "",
         f"- `head`: target the nearest correct logits, margin 1, at most {HEADS} iterations.",
@@ -84,8 +91,9 @@ def main() -> None:
     for name in options.only or NETWORKS:
         rows[name] = ""
         for weights, steps in {"random": 0, "trained": STEPS}.items():
-            for boundary, found in study(name, steps).items():
-                row = table_row(f"{name} | {weights} | {boundary}", found)
+            accuracy, answers = study(name, steps)
+            for boundary, found in answers.items():
+                row = table_row(f"{name} | {weights}, {accuracy:.2f} | {boundary}", found)
                 print(row, flush=True)
                 rows[name] += f"{row}\n"
         if options.write:
@@ -94,22 +102,22 @@ def main() -> None:
 
 def study(
     name: str, steps: int, *, heads: int = HEADS, few: int = ITERATIONS, many: int = MANY
-) -> dict[str, Reversal]:
-    """The reverse steps of one network after so many steps of training."""
+) -> tuple[float, dict[str, Reversal]]:
+    """A network's accuracy after so many steps of training, and its reverse steps."""
     side, stage_name = NETWORKS[name]
     torch.manual_seed(0)
     extra = {
         "googlenet": {"aux_logits": False, "init_weights": True},
+        "inception_v3": {"aux_logits": False, "init_weights": True},
         "vit_b_32": {"image_size": side},
     }.get(name, {})
     network = models.get_model(name, num_classes=CLASSES, **extra)
-    images, labels = torch.randn(8, 3, side, side), torch.randint(0, CLASSES, (8,))
-    train(network, images, labels, steps)
-    network.eval()
+    accuracy = train(network, side, steps)
+    images, _ = digits(slice(TRAINED_ON, TRAINED_ON + BATCH), side)
     stage = network.get_submodule(stage_name)
     seen: list[Tensor] = []
     with torch.no_grad(), stage.register_forward_hook(lambda _, x, y: seen.extend((x[0], y))):
-        logits = network(images[:BATCH])
+        logits = network(images)
     target = nearest_logits(logits, (logits.argmax(1) + 1) % CLASSES, margin=1)
     head = Rest(network, stage, images[:1])
     asked = reverse(head, target, seen[1], max_iterations=heads)
@@ -119,21 +127,33 @@ def study(
     with torch.no_grad():
         near = stage(seen[0] + noise)
     known = reverse(stage, near, seen[0], max_iterations=many)
-    return {"head": asked, "stage": given, "stage, reachable": known}
+    return accuracy, {"head": asked, "stage": given, "stage, reachable": known}
 
 
-def train(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
-    """A few steps; batch norm takes its statistics from the images in any case."""
-    optimizer = torch.optim.Adam(network.parameters(), 1e-4)
+def digits(which: slice | Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Some of scikit-learn's digits (N, 3, side, side), between -1 and 1, and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    small = torch.from_numpy(images).float()[which].view(-1, 1, 8, 8) / 8 - 1
+    large = F.interpolate(small, size=(side, side), mode="bilinear")
+    return large.expand(-1, 3, -1, -1), torch.from_numpy(labels)[which]
+
+
+def train(network: nn.Module, side: int, steps: int) -> float:
+    """Train with Adam, set the statistics of batch norm, and judge on other images."""
+    optimizer = torch.optim.Adam(network.parameters(), 3e-4)
+    network.train()
+    for _ in range(steps):
+        images, labels = digits(torch.randint(0, TRAINED_ON, (PER_STEP,)), side)
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
     for part in network.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = 1.0
+    images, labels = digits(slice(TRAINED_ON, TRAINED_ON + TESTED_ON), side)
     with torch.no_grad():
-        network.train()(images)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(network.train()(images), labels).backward()
-        optimizer.step()
+        network(digits(slice(STATISTICS), side)[0])
+        return float((network.eval()(images).argmax(1) == labels).float().mean())
 
 
 def table_row(cells: str, result: Reversal) -> str:

@@ -32,6 +32,7 @@ TOLERANCE = 1e-6  # of lsmr; the engine solves float32 maps to about that
 DENSE = 2**28  # elements of the explicit matrix that still fit
 SPARSE = 2**27  # of the sparse one
 BATCHES, SIDES = (1, 2, 4, 8), (16, 32, 64, 128)
+PASSES = 5  # forward passes that are timed together
 LINEAR = 1.1  # exponent of a growth that still counts as linear
 
 
@@ -72,7 +73,7 @@ def report(repetitions: int) -> str:
         "",
         "| stage | px | forward, ms | reverse, ms | forward passes | goal | residual | status |",
         "|---|---|---|---|---|---|---|---|",
-        *(stage_row(name, repetitions) for name in ("layer3", "layer4")),
+        *(stage_row(f"layer{i}", repetitions) for i in range(1, 5)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -101,7 +102,7 @@ def convolution_row(size: int, repetitions: int) -> str:
             columns = missing.flatten(1).T.float()
             ways["lstsq"] = lambda: torch.linalg.lstsq(dense, columns, driver="gels")
     samples = {"reverse": BATCH, "lstsq": BATCH}
-    spent = {name: seconds(way, repetitions) / samples.get(name, 1) for name, way in ways.items()}
+    spent = {name: took / samples.get(name, 1) for name, took in seconds(ways, repetitions).items()}
     ratios = {name: spent[name] / spent["reverse"] for name in ways}
     ours = (reverse(module, target, x0).x[0] - x0[0]).norm().item()
     theirs = np.linalg.norm(solve(operator(module, size), missing[0]))
@@ -153,10 +154,13 @@ def solve(a: csr_matrix | LinearOperator, missing: Tensor) -> np.ndarray:
 def stage_row(name: str, repetitions: int) -> str:
     """A stage's reverse in units of its forward pass."""
     network = models.resnet18()
-    stage, channels, size = {
-        "layer3": (network.layer3, 128, 28),
-        "layer4": (network.layer4, 256, 14),
+    channels, size = {
+        "layer1": (64, 56),
+        "layer2": (64, 56),
+        "layer3": (128, 28),
+        "layer4": (256, 14),
     }[name]
+    stage = network.get_submodule(name)
     x0 = torch.randn(8, channels, size, size).relu()
     with torch.no_grad():
         stage.train()(x0)
@@ -164,11 +168,13 @@ def stage_row(name: str, repetitions: int) -> str:
         shift = torch.randn(8, output.shape[1], 1, 1)
         target = (output + 0.2 * output.std() * shift).clamp(min=0)
 
-        def forward() -> object:
-            return stage(x0)
+    @torch.no_grad()
+    def forward() -> None:
+        for _ in range(PASSES):
+            stage(x0)
 
-        there = seconds(forward, 2 * repetitions + 1)
-    back = seconds(lambda: reverse(stage, target, x0), repetitions)
+    spent = seconds({"there": forward, "back": lambda: reverse(stage, target, x0)}, repetitions)
+    there, back = spent["there"] / PASSES, spent["back"]
     result = reverse(stage, target, x0)
     verdict = "met" if back / there <= 40 else "**missed**"
     statuses = ", ".join(sorted({Status(s).name for s in result.status.tolist()}))
@@ -232,9 +238,10 @@ def growth(name: str, batch: int, side: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def seconds(work: Callable[[], object], repetitions: int) -> float:
-    """Median after one round that warms up."""
-    return statistics.median([timed(work) for _ in range(repetitions + 1)][1:])
+def seconds(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median of every way over rounds of all of them, after one round that warms up."""
+    rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(repetitions + 1)]
+    return {name: statistics.median(times[name] for times in rounds[1:]) for name in ways}
 
 
 def timed(work: Callable[[], object]) -> float:
