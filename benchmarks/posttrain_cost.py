@@ -9,6 +9,7 @@ stage alone through the frozen network, and the stage's own training from stored
 
 import argparse
 import copy
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--per-class", type=int, default=40)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="keep the table in posttrain_cost.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -40,14 +42,19 @@ def main() -> None:
         shares = {"validation": 0.1, "test": 0.1, "per_class": options.per_class}
         prepare("digits", path, root=Path(folder), image_size=SIZE, seed=0, **shares)
         with Images.open(path) as images:
-            rows = [row for name in NETWORKS for row in measure(name, images, options.epochs)]
+            rows = [
+                row
+                for name in NETWORKS
+                for row in measure(name, images, options.epochs, options.repetitions)
+            ]
             counts = images.counts["train"]
     text = f"""# Post-training: cost
 
 `python benchmarks/posttrain_cost.py --write`; {cores()}, \
 torch {torch.__version__}. {counts} digits at {SIZE} px, small stem, batch {BATCH}, \
 {options.epochs} epochs of AdamW; random weights with calibrated batch norm, so nearly \
-every image has a target to solve for. Multiply-adds: of one image, forward and backward.
+every image has a target to solve for. Median of {options.repetitions} repetitions, all ways in \
+turn. Multiply-adds: of one image, forward and backward.
 
 | network | trained | seconds | multiply-adds, millions | share of end-to-end time | goal |
 |---|---|---|---|---|---|
@@ -58,7 +65,7 @@ every image has a target to solve for. Multiply-adds: of one image, forward and 
         Path(__file__).with_suffix(".md").write_text(text)
 
 
-def measure(name: str, images: Images, epochs: int) -> list[str]:
+def measure(name: str, images: Images, epochs: int, repetitions: int) -> list[str]:
     """Three rows of the table."""
     torch.manual_seed(0)
     network = build(name, len(images.classes), stem="small", in_size=SIZE)
@@ -68,9 +75,15 @@ def measure(name: str, images: Images, epochs: int) -> list[str]:
         network.train()(part)
     network.eval()
     span = find_span(functional_modules(network), None)
-    whole = fine_tune(network, inputs, labels, images, epochs, frozen=False)
-    frozen = fine_tune(network, inputs, labels, images, epochs, frozen=True)
-    targets, local = own_training(span, images, epochs)
+    rounds = [
+        (
+            fine_tune(network, inputs, labels, images, epochs, frozen=False),
+            fine_tune(network, inputs, labels, images, epochs, frozen=True),
+            *own_training(span, images, epochs),
+        )
+        for _ in range(repetitions)
+    ]
+    whole, frozen, targets, local = (statistics.median(took) for took in zip(*rounds, strict=True))
     ratio = (targets + local) / whole
     read = span.before(inputs[:BATCH]).detach()
     wanted = span.inside(read).detach()

@@ -8,7 +8,6 @@ python benchmarks/reverse_speed.py --write    # and keeps it in benchmarks/rever
 import argparse
 import math
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -188,9 +187,9 @@ def memory_table() -> str:
     """Markdown: how the peak memory of a reverse step grows with the batch and with the image."""
     lines = [
         "",
-        "Growth of the peak resident memory over a small reverse step, in MiB, each figure from a "
-        "process of its own. The exponent is that of the growth from the third figure to the last "
-        f"against the elements; up to {LINEAR} counts as linear.",
+        "Peak resident memory over what a small reverse step leaves, in MiB, each figure from a "
+        "process of its own (Linux). The exponent is that of the growth from the third figure to "
+        f"the last against the elements; up to {LINEAR} counts as linear.",
         "",
         "| module | at | first | second | third | last | exponent | goal |",
         "|---|---|---|---|---|---|---|---|",
@@ -233,9 +232,16 @@ def growth(name: str, batch: int, side: int) -> float:
         reverse(module, target, x0)
 
     step(1, 8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = resident("VmRSS")
     step(batch, side)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> float:
+    """MiB of this process: VmRSS, now, or VmHWM, at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 def seconds(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:

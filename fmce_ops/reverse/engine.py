@@ -47,7 +47,7 @@ def reverse(
     x0: Tensor,
     *,
     damping: float = 0.0,
-    max_iterations: int = 10,
+    max_iterations: int = 9,
     tolerance: float = 1e-3,
     max_change: float = 10.0,
 ) -> Reversal:
@@ -68,7 +68,7 @@ def reverse(
     x0 : (N, ...) the input of the forward pass, float32 or float64.
     damping : Tikhonov weight of the change, in units of output per input.
     max_iterations : of the least-squares solver and of L-BFGS, over all starts, for each sample;
-        one costs about two forward passes. What a damped answer, or the way back through a
+        one costs about three forward passes. What a damped answer, or the way back through a
         Sequential, is searched with comes on top, as many each. Linear maps take what they need.
     tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
         precision of the data type whatever it is.
@@ -115,7 +115,7 @@ def propagate(
     activations: Sequence[Tensor],
     *,
     damping: float = 0.0,
-    max_iterations: int = 10,
+    max_iterations: int = 9,
     tolerance: float = 1e-3,
     max_change: float = 10.0,
 ) -> Propagation:

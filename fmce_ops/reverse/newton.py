@@ -44,6 +44,7 @@ def gauss_newton(problem: Problem, search: Search, limit: Tensor) -> None:
         merit = here.merit(linearised.output.rest(here.target), x)
         left = _descend(problem, search, rows, step.step, merit)
         failed, smoothed, distance = left == 1, linearised.output.rectified, search.distance[rows]
+        del linearised, step  # before the next takes its memory
         swept_now = failed & (width[rows] <= _NARROWEST)
         done = (swept_now & (distance >= swept[rows])) | (failed & (not smoothed))
         over = search.iterations[rows] >= limit[rows]

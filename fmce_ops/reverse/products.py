@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -205,14 +206,16 @@ def _derivative(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> 
 class _Rewritten(TorchFunctionMode):
     """Same values; convolution and batch norm get second derivatives as cheap as the first.
 
-    PyTorch's own cost two to ten times that. Counts ReLUs and remembers what went in and out of the
-    last; ``relus`` stand in for them.
+    PyTorch's own cost two to ten times that. Batch norm right behind a convolution is
+    differentiated as a part of it. Counts ReLUs and remembers what went in and out of the last;
+    ``relus`` stand in for them.
     """
 
     def __init__(self, relus: Rectifier | None) -> None:
         super().__init__()
         self.relus, self.rectified = relus, 0
         self.entry = self.exit = torch.empty(0)
+        self.convolved: _Convolved | None = None
 
     def __torch_function__(
         self,
@@ -227,9 +230,9 @@ class _Rewritten(TorchFunctionMode):
         if func in _RELUS_IN_PLACE:
             return self._relu(args[0], inplace=True)
         if func is F.batch_norm and not given.get("training"):
-            return _batch_norm(*args, **given)
+            return self._batch_norm(*args, **given)
         if func in _CONVOLUTIONS:
-            return _convolve(func, *args, **given)
+            return self._convolve(func, *args, **given)
         return func(*args, **given)
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
@@ -242,23 +245,51 @@ class _Rewritten(TorchFunctionMode):
         self.rectified += 1
         return self.exit
 
+    def _convolve(
+        self,
+        func: Callable[..., Tensor],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if isinstance(padding, str) or input.ndim < weight.ndim:
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        dims = weight.ndim - 2
+        steps, margins, gaps = (_of_each(value, dims) for value in (stride, padding, dilation))
+        kernel = _Kernel(weight.detach(), input.detach(), steps, margins, gaps, groups)
+        y: Tensor = _Convolution.apply(input, kernel, False)
+        if bias is not None:
+            y = y + bias.view(-1, *[1] * dims)
+        self.convolved = _Convolved(input, input._version, y, y._version, kernel)
+        return y
 
-def _convolve(
-    func: Callable[..., Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    if isinstance(padding, str) or input.ndim < weight.ndim:
-        return func(input, weight, bias, stride, padding, dilation, groups)
-    dims = weight.ndim - 2
-    settings = (*(_of_each(v, dims) for v in (stride, padding, dilation)), groups)
-    y = _Convolution.apply(input, weight, input, settings, False)
-    return y if bias is None else y + bias.view(-1, *[1] * dims)
+    def _batch_norm(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
+        shift = (0 if bias is None else bias) - mean * scale
+        channels = (1, -1) + (1,) * (x.ndim - 2)
+
+        def normalised(x: Tensor) -> Tensor:
+            return x * scale.view(channels) + shift.view(channels)
+
+        if self.convolved is None or not self.convolved.made(x):
+            return normalised(x)
+        input, kernel = self.convolved.input, replace(self.convolved.kernel, factors=scale.detach())
+        made: Tensor = _Convolution.apply(input, kernel, False, lambda: normalised(x.detach()))
+        return made
 
 
 def _of_each(value: int | Sequence[int], dims: int) -> list[int]:
@@ -267,21 +298,111 @@ def _of_each(value: int | Sequence[int], dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    """A convolution without its bias: `push` applies it, `pull` its adjoint.
+
+    Attributes
+    ----------
+    unscaled : (outputs, inputs / groups, ...) weight, without the factors.
+    like : (n, inputs, ...) of the shape of what goes in.
+    factors : (outputs,) of the weight, or None.
+    """
+
+    unscaled: Tensor
+    like: Tensor
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    factors: Tensor | None = None
+
+    @cached_property
+    def weight(self) -> Tensor:
+        if self.factors is None:
+            return self.unscaled
+        return self.unscaled * self.factors.view(-1, *[1] * (self.unscaled.ndim - 1))
+
+    def push(self, v: Tensor) -> Tensor:
+        zeros = [0] * len(self.stride)
+        return torch.convolution(
+            v,
+            self.weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            zeros,
+            self.groups,
+        )
+
+    def pull(self, u: Tensor) -> Tensor:
+        if self._turned is not None:
+            return self._turned.push(u)
+        zeros = [0] * len(self.stride)
+        found: Tensor = torch.ops.aten.convolution_backward(
+            u,
+            self.like,
+            self.weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            zeros,
+            self.groups,
+            (True, False, False),
+        )[0]
+        return found
+
+    @cached_property
+    def _turned(self) -> "_Kernel | None":
+        """The adjoint as a convolution, where it is one: the quicker way on a CPU."""
+        sides = zip(self.weight.shape[2:], self.padding, self.dilation, strict=True)
+        padding = [dilation * (side - 1) - padding for side, padding, dilation in sides]
+        if self.groups > 1 or any(step > 1 for step in self.stride) or min(padding) < 0:
+            return None
+        weight = self.weight.transpose(0, 1).flip(*range(2, self.weight.ndim)).contiguous()
+        return replace(self, unscaled=weight, padding=padding, factors=None)
+
+
+@dataclass(frozen=True)
+class _Convolved:
+    """What went into a convolution and what came out, each with its version then."""
+
+    input: Tensor
+    input_version: int
+    output: Tensor
+    output_version: int
+    kernel: _Kernel
+
+    def made(self, x: Tensor) -> bool:
+        """Whether x is what came out, and nothing was changed in place since."""
+        same = self.input._version == self.input_version and x._version == self.output_version
+        return same and x is self.output
+
+
 class _Convolution(torch.autograd.Function):
-    """A convolution or its adjoint, each the derivative of the other; the weight is constant."""
+    """A convolution or its adjoint, each the derivative of the other; the kernel is constant.
+
+    With ``value`` that is the result, of which the convolution is the derivative.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, weight: Tensor, like: Tensor, settings: Any, adjoint: bool
+        ctx: Any,
+        v: Tensor,
+        kernel: _Kernel,
+        adjoint: bool,
+        value: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        ctx.weight, ctx.like = weight.detach(), like.detach()
-        ctx.settings, ctx.adjoint = settings, adjoint
-        return _Convolution._product(ctx, v, adjoint)
+        ctx.kernel, ctx.adjoint = kernel, adjoint
+        return _Convolution._product(ctx, v, adjoint) if value is None else value()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        product = _Convolution.apply(grad, ctx.weight, ctx.like, ctx.settings, not ctx.adjoint)
-        return product, None, None, None, None
+        return _Convolution.apply(grad, ctx.kernel, not ctx.adjoint), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -289,38 +410,5 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def _product(ctx: Any, v: Tensor, adjoint: bool) -> Tensor:
-        stride, padding, dilation, groups = ctx.settings
-        zeros = [0] * len(stride)
-        if adjoint:
-            return torch.ops.aten.convolution_backward(
-                v,
-                ctx.like,
-                ctx.weight,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                zeros,
-                groups,
-                (True, False, False),
-            )[0]
-        return torch.convolution(
-            v, ctx.weight, None, stride, padding, dilation, False, zeros, groups
-        )
-
-
-def _batch_norm(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
-    shift = (0 if bias is None else bias) - mean * scale
-    channels = (1, -1) + (1,) * (x.ndim - 2)
-    return x * scale.view(channels) + shift.view(channels)
+        kernel: _Kernel = ctx.kernel
+        return kernel.pull(v) if adjoint else kernel.push(v)

@@ -70,6 +70,7 @@ class Smooth:
             return value, target - value
         z = entry.detach()
         awake = (z > 0) | ((target > 0) & (z > -_REACH * _kinks(z, self.width)))
+        awake = awake.to(z.dtype)
         return entry * awake, (target.clamp(min=0) - z) * awake
 
     def take(self, rows: Tensor) -> "Smooth":

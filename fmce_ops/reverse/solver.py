@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_AT_ONCE = 2**14  # values of a sample
+
 
 class Operator(Protocol):
     """A linear map of each sample, known by its products alone."""
@@ -26,7 +28,11 @@ class Solution:
 
 def norms(v: Tensor) -> Tensor:
     """(n, ...) -> (n,) Euclidean norms, summed in float64."""
-    return torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=torch.float64)
+    rows = v.flatten(1)
+    if v.is_cuda or rows.shape[1] <= _AT_ONCE:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    # A CPU makes a copy in float64: of a part that its cache holds, six times as fast.
+    return norms(torch.stack([norms(part) for part in rows.split(_AT_ONCE, 1)], 1))
 
 
 def each(values: Tensor, like: Tensor) -> Tensor:
@@ -71,10 +77,10 @@ def least_squares(
     rows = torch.arange(len(gradient), device=gradient.device)
     goal = torch.as_tensor(tolerance, device=length.device).expand_as(length)
     limit = torch.as_tensor(max_iterations, device=length.device).expand_as(length)
-    d, s, p, shift = step.clone(), gradient, gradient, damping.square()
+    d, s, p, shift = step.clone(), gradient.clone(), gradient.clone(), damping.square()
     energy, gamma = length.square(), norms(gradient).square()
     least_energy, least_gamma = energy * goal.square(), gamma * goal.square()
-    live = gamma > 0
+    live, damped = gamma > 0, bool(shift.any())
     for done in range(int(limit.max())):
         if 2 * int(live.sum()) <= len(live):
             step[rows], residual[rows] = d, energy.clamp(min=0).sqrt()
@@ -87,18 +93,23 @@ def least_squares(
             least_energy, least_gamma = least_energy[kept], least_gamma[kept]
             limit = limit[kept]
         q = operator.push(p)
-        curvature = norms(q).square() + shift * norms(p).square()
+        curvature = norms(q).square()
+        if damped:
+            curvature += shift * norms(p).square()
         length_of_step = torch.where(live & (curvature > 0), gamma / curvature, 0)
         alpha = spread(length_of_step, p)
-        d = torch.addcmul(d, alpha, p)
+        d.addcmul_(alpha, p)
         energy = energy - length_of_step * gamma
         count[rows] += live
         live = live & (curvature > 0) & (energy > least_energy) & (done + 1 < limit)
         if not live.any():  # no gradient is needed any more
             break
-        s = torch.addcmul(s, alpha, torch.addcmul(operator.pull(q), spread(shift, p), p), value=-1)
+        pulled = operator.pull(q)
+        if damped:
+            pulled = torch.addcmul(pulled, spread(shift, p), p)
+        s.addcmul_(alpha, pulled, value=-1)
         previous, gamma = gamma, norms(s).square()
         live &= gamma > least_gamma
-        p = torch.addcmul(s, spread(torch.where(live, gamma / previous, 0), p), p)
+        torch.addcmul(s, spread(torch.where(live, gamma / previous, 0), p), p, out=p)
     step[rows], residual[rows] = d, energy.clamp(min=0).sqrt()
     return Solution(step, residual, count)

@@ -203,7 +203,7 @@ def train_span(
     """
     # Copies of both: what is behind one span is inside the next.
     inside, behind = (copy.deepcopy(p).to(device).eval() for p in (span.inside, span.behind))
-    inside.to(memory_format=torch.channels_last)
+    inside.to(memory_format=_layout(device))
     behind.requires_grad_(False)
     state = _resume(folder, inside)
     optimizer = torch.optim.AdamW(
@@ -272,9 +272,15 @@ def _judge_span(
 
 
 def _laid_out(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, feature maps in the layout that convolutions are fastest on."""
-    form = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+    """On the device, feature maps in its layout."""
+    form = _layout(device) if values.ndim == 4 else torch.contiguous_format
     return values.to(device).contiguous(memory_format=form)
+
+
+def _layout(device: torch.device) -> torch.memory_format:
+    """That in which convolutions are fastest there."""
+    # On a CPU a step of ResNet-18's last stage takes 1.4 times as long with channels last.
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 @torch.inference_mode()
