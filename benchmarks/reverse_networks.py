@@ -19,7 +19,7 @@ CLASSES = 10
 BATCH = 2
 STEPS, PER_STEP, TRAINED_ON, TESTED_ON = 60, 32, 1000, 200  # steps and images of the training
 STATISTICS = 64  # images that batch norm takes its statistics from, trained or not
-HEADS, ITERATIONS, MANY = 50, 12, 8000
+HEADS, ITERATIONS, MANY = 500, 12, 20000
 NOISE = 0.05  # of the norm of the stage's input
 # image side, submodule of the last stage
 NETWORKS = {
