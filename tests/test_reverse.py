@@ -744,9 +744,16 @@ class Normalised(nn.Module):
     ],
 )
 def test_batch_norm_behind_a_convolution_has_its_own_derivatives(module):
-    module = module.double().eval()
+    module = module.double().requires_grad_(False).eval()
+    _check_products(module)
     x, v = torch.randn(2, 2, 4, 7, 7, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(module.reference, x)
+    forward, linearised = torch.func.jvp(module.reference, (x,), (v,))[1], Linearised(module, x)
+    assert torch.allclose(linearised._forward_mode(v), forward, rtol=1e-10)
+
+
+def _check_products(module):
+    x, v = torch.randn(2, 2, 4, 7, 7, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(getattr(module, "reference", module), x)
     u = torch.randn_like(module(x))
     forward = torch.tensordot(jacobian, v, x.ndim)
     backward = torch.tensordot(u, jacobian, u.ndim)
@@ -754,4 +761,40 @@ def test_batch_norm_behind_a_convolution_has_its_own_derivatives(module):
     assert torch.allclose(linearised.output.value, module(x), rtol=1e-12)
     assert torch.allclose(linearised.push(v), forward, rtol=1e-10)
     assert torch.allclose(linearised.pull(u), backward, rtol=1e-10)
-    assert torch.allclose(linearised._forward_mode(v), forward, rtol=1e-10)
+
+
+def _without_gradient(y):
+    with torch.no_grad():
+        return y * 1
+
+
+CONVOLUTION = nn.Conv2d(4, 4, 3, padding=1).double().requires_grad_(False)
+NORM = nn.BatchNorm2d(4).double().requires_grad_(False).eval()
+
+
+def _convolved_without_gradient(x):
+    with torch.no_grad():
+        return CONVOLUTION(x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: F.conv2d(x, CONVOLUTION.weight * x.mean()),
+        lambda x: NORM(F.conv2d(x, CONVOLUTION.weight, x.mean((0, 2, 3)))),
+        lambda x: F.batch_norm(
+            CONVOLUTION(x), NORM.running_mean, NORM.running_var, x.mean((0, 2, 3)), NORM.bias
+        ),
+        lambda x: F.batch_norm(
+            CONVOLUTION(x), NORM.running_mean, NORM.running_var, NORM.weight, x.mean((0, 2, 3))
+        ),
+        lambda x: NORM(_without_gradient(CONVOLUTION(x))) * x,
+        lambda x: NORM(_convolved_without_gradient(x)) * x,
+        lambda x: NORM(CONVOLUTION(x).detach_()) * x,
+        lambda x: F.conv2d(x.to(torch.complex128), (1 + 2j) * CONVOLUTION.weight).real,
+        lambda x: NORM(NORM(CONVOLUTION(x))),
+        lambda x: NORM(CONVOLUTION(CONVOLUTION(x))),
+    ],
+)
+def test_what_depends_on_the_input_or_has_no_gradient_keeps_its_derivative(forward):
+    _check_products(Bad(forward))

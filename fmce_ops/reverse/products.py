@@ -256,7 +256,8 @@ class _Rewritten(TorchFunctionMode):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor:
-        if isinstance(padding, str) or input.ndim < weight.ndim:
+        odd = input.ndim < weight.ndim or input.is_complex() or not _constant(weight)
+        if isinstance(padding, str) or odd:
             return func(input, weight, bias, stride, padding, dilation, groups)
         dims = weight.ndim - 2
         steps, margins, gaps = (_of_each(value, dims) for value in (stride, padding, dilation))
@@ -264,7 +265,9 @@ class _Rewritten(TorchFunctionMode):
         y: Tensor = _Convolution.apply(input, kernel, False)
         if bias is not None:
             y = y + bias.view(-1, *[1] * dims)
-        self.convolved = _Convolved(input, input._version, y, y._version, kernel)
+        self.convolved = None
+        if _constant(bias):
+            self.convolved = _Convolved(input, input._version, y, y._version, y.grad_fn, kernel)
         return y
 
     def _batch_norm(
@@ -285,11 +288,19 @@ class _Rewritten(TorchFunctionMode):
         def normalised(x: Tensor) -> Tensor:
             return x * scale.view(channels) + shift.view(channels)
 
-        if self.convolved is None or not self.convolved.made(x):
+        known = _constant(mean, variance, weight, bias)
+        if not known or self.convolved is None or not self.convolved.made(x):
             return normalised(x)
         input, kernel = self.convolved.input, replace(self.convolved.kernel, factors=scale.detach())
         made: Tensor = _Convolution.apply(input, kernel, False, lambda: normalised(x.detach()))
         return made
+
+
+def _constant(*tensors: Tensor | None) -> bool:
+    """Whether none of them depends on what the module is differentiated by."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in given)
+    return not any(tensor.requires_grad for tensor in given) and all(t is None for t in tangents)
 
 
 def _of_each(value: int | Sequence[int], dims: int) -> list[int]:
@@ -375,12 +386,15 @@ class _Convolved:
     input_version: int
     output: Tensor
     output_version: int
+    node: Any
     kernel: _Kernel
 
     def made(self, x: Tensor) -> bool:
-        """Whether x is what came out, and nothing was changed in place since."""
+        """Whether x is what came out, with its derivative, and nothing was changed in place."""
         same = self.input._version == self.input_version and x._version == self.output_version
-        return same and x is self.output
+        learning = x.requires_grad or not (torch.is_grad_enabled() and self.input.requires_grad)
+        hooked = bool(x._backward_hooks)
+        return same and x is self.output and x.grad_fn is self.node and learning and not hooked
 
 
 class _Convolution(torch.autograd.Function):
