@@ -37,7 +37,11 @@ def test_closed_forms_equal_the_search(name):
     form, search = reverse(module, target, x0), reverse_with(SEARCH, module, target, x0)
     assert form.residual.max() < 1e-3 and search.residual.max() < 1e-3
     assert (form.change <= search.change * 1.001).all()  # the search follows a curved way
-    assert torch.allclose(form.change, search.change, rtol=0.03 if name != "layer norm" else 0.3)
+    if name == "layer norm":  # many inputs make the output; the form takes the nearest
+        assert torch.allclose(form.change, search.change, rtol=0.3)
+    else:
+        apart = (form.x - search.x).flatten(1).norm(dim=1)
+        assert (apart <= 1e-4 * (form.x - x0).flatten(1).norm(dim=1)).all()
 
 
 def test_relu_lowers_no_unit_that_rests():

@@ -143,6 +143,22 @@ def test_bad_input_is_refused_with_a_sentence_and_the_server_goes_on(
     assert good[0] == 200
 
 
+def test_the_posttrained_network_takes_images_and_answers_with_classes(project: Path) -> None:
+    from fmce_ops.data import Images
+
+    with Images.open(project / "data/images.h5") as store:
+        images, labels = store.load("test")
+    words = ["mlflow", "models", "serve", "-m", "models:/fmce-posttrained@champion"]
+    with server(project, *words, "--env-manager", "local", ready="/ping") as address:
+        code, answer = ask(address + "/invocations", inputs(images.numpy()))
+    predictions = np.array(answer["predictions"])
+    assert code == 200
+    np.testing.assert_allclose(predictions.sum(1), 1)
+    facts = json.loads((project / "results/posttrain.json").read_text())
+    right = (predictions.argmax(1) == labels.numpy()).mean()
+    assert right == pytest.approx(facts["test_accuracy"])
+
+
 def test_gated_networks_answer_with_classes_open_gates_and_an_alarm(project: Path) -> None:
     words = ["mlflow", "models", "serve", "-m", "models:/fmce-pathways@champion"]
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.float32)
