@@ -334,37 +334,20 @@ class _Kernel:
             return self.unscaled
         return self.unscaled * self.factors.view(-1, *[1] * (self.unscaled.ndim - 1))
 
-    def push(self, v: Tensor) -> Tensor:
+    @property
+    def _settings(self) -> tuple[Any, ...]:
         zeros = [0] * len(self.stride)
-        return torch.convolution(
-            v,
-            self.weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            zeros,
-            self.groups,
-        )
+        return self.stride, self.padding, self.dilation, False, zeros, self.groups
+
+    def push(self, v: Tensor) -> Tensor:
+        return torch.convolution(v, self.weight, None, *self._settings)
 
     def pull(self, u: Tensor) -> Tensor:
         if self._turned is not None:
             return self._turned.push(u)
-        zeros = [0] * len(self.stride)
-        found: Tensor = torch.ops.aten.convolution_backward(
-            u,
-            self.like,
-            self.weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            zeros,
-            self.groups,
-            (True, False, False),
-        )[0]
+        wanted = True, False, False  # no derivative of weight and bias
+        given = u, self.like, self.weight, None, *self._settings, wanted
+        found: Tensor = torch.ops.aten.convolution_backward(*given)[0]
         return found
 
     @cached_property
