@@ -32,7 +32,7 @@ _LINEAR = {
 }
 _ROUNDS = 4
 _ITERATIONS = 300  # of the solver in one round
-_PATIENCE = 3000  # iterations in float64 for the samples that this does not finish
+_PATIENCE = 8000  # iterations in float64 for the samples that this does not finish
 
 
 def is_plain(module: nn.Module) -> bool:
