@@ -1,7 +1,8 @@
-"""What a figure was taken on, for the first line of each page."""
+"""What a figure was taken on and by: stands beside it on each page."""
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 
@@ -20,3 +21,18 @@ def processor() -> str:
 def cores() -> str:
     """Number and kind."""
     return f"{os.cpu_count()} cores of an {processor()}"
+
+
+def commit() -> str:
+    """The commit of this code, with a plus where code differs from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git on this machine
+            return ""
+        return done.stdout.strip()
+
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if dirty else "")

@@ -28,7 +28,7 @@ from fmce_ops.training.comparison import paired
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from machine import processor
+from machine import commit, processor
 
 PRETRAIN_RATE, TEMPERATURE = 2e-3, 3.0
 AT_ONCE = 1024  # images that are judged together
@@ -406,11 +406,12 @@ def main() -> None:
         seeds = range(given.first_seed, given.first_seed + given.seeds)
         before = Steps(given.pretrain, PRETRAIN_RATE, given.batch)
         steps = Steps(given.epochs, given.rate, given.batch)
-        found = study(images, counts, make, seeds, before, steps, given.only)
         name = f"{given.name} x {given.network}"
         name += f", seeds {seeds[0]} to {seeds[-1]}" if given.first_seed else ""
         options = f"{images.side} px; {given.seeds} seeds, {given.pretrain} + {given.epochs} epochs"
         options += f" of batch {given.batch}, learning rate {given.rate:g}"
+        options += f"; commit {commit()}"
+        found = study(images, counts, make, seeds, before, steps, given.only)
         text = table(name, counts, found, options)
     print(text)
     if given.write:

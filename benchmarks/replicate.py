@@ -28,7 +28,6 @@ import json
 import math
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +72,7 @@ from fmce_ops.training.reporter import Row
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
-from machine import processor
+from machine import commit, processor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPLITS = {"image": split_by_image, "paper": split_paper}
@@ -640,21 +639,6 @@ def hardware(fabric: Fabric) -> str:
     if fabric.device.type == "cuda":
         return torch.cuda.get_device_name(fabric.device)
     return f"{processor()}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit of this code, with a plus where files differ from it."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(RESULTS.parents[1]), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git on this machine
-            return ""
-        return done.stdout.strip()
-
-    dirty = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if dirty else "")
 
 
 def render() -> None:
