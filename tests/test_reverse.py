@@ -304,14 +304,21 @@ class Resting(nn.Module):
         return torch.relu(x - torch.tensor([0.0, 0.02], dtype=x.dtype)) * torch.tensor([2.0, 1.0])
 
 
-def woken(x0, target, bound=torch.inf, module=None, near=0.05):
+class Pair(nn.Module):
+    """Two inputs to a ReLU each, beside one that is never at rest."""
+
+    def forward(self, x):
+        return torch.relu(torch.cat([x - 0.02, torch.ones_like(x[:, :1])], 1))
+
+
+def woken(x0, target, bound=torch.inf, module=None, share=0.5):
     module, x0, target = module or Resting(), torch.tensor(x0), torch.tensor(target)
     gap = (module(x0) - target).norm(dim=1).double()
     none = torch.zeros_like(gap)
     problem = Problem(module, target, x0, none, gap * 1e-3, none + bound)
     search = Search(x0.clone(), gap.clone(), none.long(), none.bool())
     with torch.no_grad(), frozen(module):
-        return wake(problem, search, none.long() + 50, none + near).tolist(), search
+        return wake(problem, search, none.long() + 50, none + share).tolist(), search
 
 
 def test_a_unit_that_rests_near_its_kink_is_woken_if_it_should_be_larger():
@@ -322,6 +329,14 @@ def test_a_unit_that_rests_near_its_kink_is_woken_if_it_should_be_larger():
     x0 = torch.tensor([[1.0, 0.0]])
     result = reverse(Resting(), torch.tensor([[2.0, 1.0]]), x0, max_iterations=2000)
     assert result.status.item() == Status.REACHED
+
+
+@pytest.mark.parametrize(("share", "both"), [(0.5, False), (0.0, True)])
+def test_the_unit_that_is_wanted_most_is_woken_first(share, both):
+    x0, wanted = [[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.2, 1.0], [0.2, 1.0, 1.0]]
+    moved, search = woken(x0, wanted, module=Pair(), share=share)
+    assert moved == [True, True]
+    assert (search.x > 0.02).tolist() == [[True, both], [both, True]]
 
 
 @pytest.mark.parametrize(
@@ -336,12 +351,6 @@ def test_a_unit_that_rests_near_its_kink_is_woken_if_it_should_be_larger():
 def test_what_is_not_to_be_woken_stays(x0, target, bound, module):
     moved, search = woken(x0, target, bound, module)
     assert moved == [False] and search.x.tolist() == x0
-
-
-def test_a_unit_further_off_is_woken_where_that_is_asked():
-    x0, target = [[1.0, -0.03]], [[2.0, 1.0]]  # it rests .07 root mean squares below
-    assert woken(x0, target)[0] == [False]
-    assert woken(x0, target, near=0.1)[0] == [True]
 
 
 def test_samples_are_woken_each_by_itself():

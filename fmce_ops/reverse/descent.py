@@ -14,7 +14,7 @@ from fmce_ops.reverse.waking import wake
 _FIRST = 500  # iterations of Gauss-Newton before L-BFGS goes on
 _STRETCH = 700  # iterations of L-BFGS before units at rest are woken
 _WORTH = 0.03  # part of the distance that a stretch must take, for another like it to follow
-_NEAR = (0.05, 0.1)  # how far below its kink a unit may rest to be woken, at first and later
+_SHARES = (0.5, 0.0)  # of what the most wanted unit is wanted, to be woken, at first and later
 _STARTS = 20  # beside x0
 _BESIDE = 0.5  # how far, of the change that the search from x0 came to
 
@@ -25,7 +25,7 @@ def descend(problem: Problem, search: Search, max_iterations: int, reach: Tensor
     Gauss-Newton draws up units at rest, but is slow where the linearised problem is badly
     conditioned; L-BFGS is not. Both end in local minima. So where more iterations are given than
     Gauss-Newton gets at once, units at rest are woken by force, see `wake`, as long as that brings
-    L-BFGS nearer: those next to their kinks, and where that is not enough those further off, too.
+    L-BFGS nearer: those that are wanted most, and where that is not enough all that are wanted.
     Then the search is begun anew from points beside x0. The best answer is kept.
 
     Parameters
@@ -57,7 +57,7 @@ def _down(problem: Problem, search: Search, limit: Tensor, reach: Tensor) -> Non
 def _walk(problem: Problem, search: Search, limit: Tensor) -> None:
     """Stretches of L-BFGS, and between them a step out of where they end; the best is kept."""
     rows = ((search.distance > problem.goal) & (search.iterations < limit)).nonzero()[:, 0]
-    walker, near = search.take(rows), torch.full_like(problem.goal[rows], _NEAR[0])
+    walker, share = search.take(rows), torch.full_like(problem.goal[rows], _SHARES[0])
     while len(rows):
         here, most = problem.take(rows), limit[rows]
         lbfgs(here, walker, most.minimum(walker.iterations + _STRETCH))
@@ -66,16 +66,16 @@ def _walk(problem: Problem, search: Search, limit: Tensor) -> None:
         search.iterations[rows] = walker.iterations
         poor = ~(left < 1 - _WORTH)
         going = (walker.distance > here.goal) & (walker.iterations < most)
-        going &= ~poor | (near < _NEAR[1])
+        going &= ~poor | (share > _SHARES[1])
         walker.put(poor.nonzero()[:, 0], search.take(rows[poor]))
-        near[poor] = _NEAR[1]
-        rows, walker, near = rows[going], walker.take(going), near[going]
+        share[poor] = _SHARES[1]
+        rows, walker, share = rows[going], walker.take(going), share[going]
         if not len(rows) or int(limit.max()) <= _FIRST:
             return
-        moved = wake(problem.take(rows), walker, limit[rows], near)
+        moved = wake(problem.take(rows), walker, limit[rows], share)
         search.iterations[rows] = walker.iterations
-        going = moved | ~walker.stationary | (near < _NEAR[1])
-        rows, walker, near = rows[going], walker.take(going), near[going]
+        going = moved | ~walker.stationary | (share > _SHARES[1])
+        rows, walker, share = rows[going], walker.take(going), share[going]
 
 
 def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:

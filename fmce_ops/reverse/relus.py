@@ -84,24 +84,39 @@ class Wanted:
     Attributes
     ----------
     width : (n,) how far below the kink, in units of the root mean square of what goes in.
-    masks : (n * k, ...) of each ReLU of the run: the units that rest, near and wanted.
+    wants : (n * k, ...) of each ReLU of the run: by how much the loss would fall, to first order,
+        if the unit grew by that root mean square; 0 of units that are awake, far or not wanted.
     """
 
     width: Tensor
-    masks: list[Tensor] = field(default_factory=list)
+    wants: list[Tensor] = field(default_factory=list)
 
     def rectify(self, z: Tensor, number: int) -> Tensor:
         y, known = F.relu(z), z.detach()
-        mask = torch.zeros_like(known, dtype=torch.bool)
-        self.masks.append(mask)
+        want = torch.zeros_like(known)
+        self.wants.append(want)
         if y.requires_grad and not len(z) % len(self.width):
+            unit = _kinks(known, torch.ones_like(self.width))
             near = (known <= 0) & (known > -_kinks(known, self.width))
-            y.register_hook(partial(_want, mask, near))
+            y.register_hook(partial(_want, want, near * unit))
         return y
 
+    def masks(self, share: Tensor) -> list[Tensor]:
+        """The units that are wanted more than ``share``, (n,), of the sample's most wanted one."""
+        most = torch.zeros_like(share)
+        for want in self.wants:
+            if not len(want) % len(share):
+                most = most.maximum(want.reshape(len(share), -1).amax(1))
+        return [
+            want > spread((share * most).repeat_interleave(len(want) // len(share)), want)
+            if not len(want) % len(share)
+            else want > 0
+            for want in self.wants
+        ]
 
-def _want(mask: Tensor, near: Tensor, slope: Tensor) -> None:
-    mask |= near & (slope < 0)
+
+def _want(want: Tensor, unit: Tensor, slope: Tensor) -> None:
+    want += unit * (-slope).clamp(min=0)
 
 
 @dataclass(frozen=True)
