@@ -19,7 +19,7 @@ import yaml
 from fmce_ops.files import write_text
 from fmce_ops.training.comparison import paired
 
-from machine import processor
+from machine import commit, processor
 
 TAUGHT = {"epochs": 10, "batch_size": 64, "lr": 0.001, "weight_decay": 0.01, "seeds": 1}
 SOFT = {**TAUGHT, "mode": "soft", "folds": 2}
@@ -77,7 +77,8 @@ def page(base: dict[str, Any], found: dict[str, list[Arms]]) -> str:
     rows = [row(name, split, seeds) for name, seeds in found.items() for split in ("val", "test")]
     return f"""# Post-training: the stage
 
-`python benchmarks/posttrain_stage.py PROJECT --write`; {processor()}, one thread. \
+`OMP_NUM_THREADS=1 python benchmarks/posttrain_stage.py PROJECT --write`; {processor()}, commit \
+{commit()}. \
 {len(next(iter(found.values())))} seeds, each with a checkpoint of its own; accuracy in %, paired \
 gains of the targets in points with their 95 % intervals. The epoch and alpha are chosen on \
 validation. `{json.dumps(given)}`

@@ -20,6 +20,7 @@ FORMS = {
     "layer norm": (nn.LayerNorm(6), (3, 6)),
     "max pooling": (nn.MaxPool2d(2), (2, 4, 4)),
     "flatten": (nn.Flatten(), (2, 3)),
+    "identity": (nn.Identity(), (4,)),
     "dropout": (nn.Dropout(), (4,)),
     "linear": (nn.Linear(6, 4), (6,)),
     "convolution": (nn.Conv2d(3, 2, 3, padding=1), (3, 4, 4)),
