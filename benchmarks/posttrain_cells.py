@@ -8,7 +8,8 @@ IMAGES.h5 is what the stage prepare writes; a GPU is used where there is one. Ev
 checkpoint of its own; every arm trains that checkpoint on, as a whole, with the same steps and no
 augmentation, which the checkpoint had not either, and with the statistics of batch norm at rest,
 but for the arms that take them anew after each epoch. The epoch is chosen on validation, epoch 0
-among them.
+among them, and so is the target of the cell: the one whose validation accuracy is greatest in the
+mean of the seeds. Test images are looked at after that.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ from machine import commit, processor
 PRETRAIN_RATE, TEMPERATURE = 2e-3, 3.0
 AT_ONCE = 1024  # images that are judged together
 CONTROLS = ("untouched", "ce", "anchor, soft")
+SMOOTHED = "ce, smoothed labels"  # no target of the method, and so not to be chosen
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -180,7 +183,7 @@ def arms(
     doubt = 1 - logits.softmax(1).gather(1, labels[:, None])[:, 0]
     return {
         "ce": Arm(entropy, logits),
-        "ce, smoothed labels": Arm(smoothed, logits),
+        SMOOTHED: Arm(smoothed, logits),
         "anchor, soft": Arm(soft, logits),
         "nearest, soft": Arm(soft, nearest),
         "nearest, margin 4, soft": Arm(soft, nearest_logits(logits, labels, 4.0)),
@@ -198,6 +201,14 @@ def arms(
         "mean of folds and checkpoint, uncorrected, soft": Arm(soft, (folds + logits) / 2),
         "mean of folds and checkpoint, drawn, soft": Arm(soft, drawn((folds + logits) / 2)),
     }
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of right answers."""
+
+    val: float
+    test: float
 
 
 @dataclass(frozen=True)
@@ -288,7 +299,7 @@ def pretrain(
 
 
 def held_out(
-    make: Callable[[], Network], train: Data, val: Data, steps: Steps, seed: int, folds: int = 2
+    make: Callable[[], Network], train: Data, val: Data, steps: Steps, seed: int, folds: int
 ) -> Tensor:
     """Logits of every training image by a network that was not trained on it."""
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
@@ -310,28 +321,36 @@ def study(
     seeds: range,
     before: Steps,
     steps: Steps,
+    folds: int,
     only: list[str],
-) -> dict[str, list[float]]:
-    """Test accuracy of every arm and seed; of all arms, or of the controls and those named."""
+) -> dict[str, list[Score]]:
+    """Scores of every arm and seed; of all arms, or of the controls and those named."""
     train, val, test = (load(images, split, few) for split, few in counts.items())
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Score]] = {}
     for seed in seeds:
         network, earlier = pretrain(make, train, val, before, 100 + seed)
-        folds = held_out(make, train, val, before, 1000 + 10 * seed)
-        incoming = accuracy(network, val), accuracy(network, test)
-        found.setdefault("untouched", []).append(incoming[1])
-        for name, arm in arms(network, train, folds, earlier).items():
+        unseen = held_out(make, train, val, before, 1000 + 10 * seed, folds)
+        incoming = Score(accuracy(network, val), accuracy(network, test))
+        found.setdefault("untouched", []).append(incoming)
+        for name, arm in arms(network, train, unseen, earlier).items():
             if only and name not in only and name not in CONTROLS:
                 continue
-            trained, best, state = copy.deepcopy(network), incoming[0], None
+            trained, best, state = copy.deepcopy(network), incoming.val, None
             for _ in epochs_of(trained, train, arm, steps, seed):
                 now = accuracy(trained, val)
                 if now > best:
                     best, state = now, copy.deepcopy(trained.state_dict())
             trained.load_state_dict(state or network.state_dict())
-            found.setdefault(name, []).append(accuracy(trained, test))
-            print(f"seed {seed} {name}: {found[name][-1]:.4f} from {incoming[1]:.4f}", flush=True)
+            score = Score(best, accuracy(trained, test))
+            found.setdefault(name, []).append(score)
+            print(f"seed {seed} {name}: {score} from {incoming}", flush=True)
     return found
+
+
+def chosen(found: dict[str, list[Score]]) -> str:
+    """The target that is best on validation, in the mean of the seeds."""
+    targets = [name for name in found if name not in (*CONTROLS, SMOOTHED)]
+    return max(targets, key=lambda name: fmean(score.val for score in found[name]))
 
 
 def load(images: Images, split: str, count: int) -> Data:
@@ -342,21 +361,23 @@ def load(images: Images, split: str, count: int) -> Data:
     return Data(inputs, labels.to(DEVICE))
 
 
-def table(name: str, counts: dict[str, int], found: dict[str, list[float]], options: str) -> str:
+def table(name: str, counts: dict[str, int], found: dict[str, list[Score]], options: str) -> str:
     """Markdown of one cell."""
-    rows = []
-    for arm, values in found.items():
-        cells = [f"{100 * sum(values) / len(values):.2f}"]
+    rows, best = [], chosen(found)
+    for arm, scores in found.items():
+        tests = [score.test for score in scores]
+        cells = [f"{100 * fmean(values):.2f}" for values in ([s.val for s in scores], tests)]
         for control in CONTROLS:
-            gain = paired(values, found[control])
+            gain = paired(tests, [score.test for score in found[control]])
             same = arm == control or gain.low is None
             cells.append("" if same else words(gain.mean, gain.low, gain.high))
-        rows.append(f"| {arm} | {' | '.join(cells)} |")
+        rows.append(f"| {arm}{' (chosen)' if arm == best else ''} | {' | '.join(cells)} |")
     head = f"## {name}\n\n{counts['train']} training, {counts['val']} validation, "
     head += f"{counts['test']} test images; {options}; {machine()}, torch "
-    head += f"{torch.__version__}. Test accuracy in %, paired gains in points with their 95 % "
-    head += f"intervals.\n\n| arm | test | over {' | over '.join(CONTROLS)} |\n"
-    return head + "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    head += f"{torch.__version__}. Accuracy in %, paired gains on test in points with their 95 % "
+    head += "intervals; chosen: the target that is best on validation.\n\n"
+    head += f"| arm | validation | test | over {' | over '.join(CONTROLS)} |\n"
+    return head + "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def machine() -> str:
@@ -390,6 +411,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="arms, beside the controls")
     parser.add_argument("--pretrain", type=int, default=25, help="epochs of the checkpoint")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--folds", type=int, default=2, help="networks of images they never saw")
     parser.add_argument("--train", type=int, default=10000, help="training images at most")
     parser.add_argument("--val", type=int, default=2000, help="validation images at most")
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -409,9 +431,9 @@ def main() -> None:
         name = f"{given.name} x {given.network}"
         name += f", seeds {seeds[0]} to {seeds[-1]}" if given.first_seed else ""
         options = f"{images.side} px; {given.seeds} seeds, {given.pretrain} + {given.epochs} epochs"
-        options += f" of batch {given.batch}, learning rate {given.rate:g}"
+        options += f" of batch {given.batch}, learning rate {given.rate:g}, {given.folds} folds"
         options += f"; commit {commit()}"
-        found = study(images, counts, make, seeds, before, steps, given.only)
+        found = study(images, counts, make, seeds, before, steps, given.folds, given.only)
         text = table(name, counts, found, options)
     print(text)
     if given.write:
