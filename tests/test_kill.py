@@ -118,7 +118,7 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     assert digests(folder) == undisturbed
     assert not list(folder.glob("data/.*.tmp")) and not list(folder.glob("results/.*.tmp"))
     found = stages(folder)
-    assert len(found.pop("posttrain-arm")) == 3 * 2
+    assert len(found.pop("posttrain-arm")) == 4 * 2
     assert len(found.pop("posttrain-fold")) == 2
     assert len(found.pop("pathways-arm")) == 2
     names = ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways"]

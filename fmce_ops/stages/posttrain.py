@@ -172,7 +172,13 @@ class _Study:
             self.stage.reporter.row(Row(step, values, now()))
         self.fabric.barrier()
         # What was trained here or elsewhere is read from the work folder.
-        return {(span.name, job): self._train_job(span, job, plan) for span, job in every}
+        found = {(span.name, job): self._train_job(span, job, plan) for span, job in every}
+        incoming = {
+            (span, Job("untouched", 0.0, job.seed)): history[:1]
+            for (span, job), history in found.items()
+            if job.arm == "ce"
+        }
+        return incoming | found
 
     def _train_job(self, span: Span, job: Job, plan: PosttrainPlan) -> list[PosttrainEpoch]:
         folder = self.stage.folder / span.name
@@ -263,7 +269,7 @@ def _publish(
     for span in study.spans:
         stage.figure(_before_and_after(study, span, winner), f"targets-{span.name}.png")
     if stage.run:
-        _log(study, histories, outcomes, gains)
+        _log(study, histories, [o for found in by_arm.values() for o in found], gains)
         _register(study, winner)
 
 
@@ -351,8 +357,9 @@ def _log(
             tags |= {"fmce.module": span.name, "fmce.kept": str(span.name in outcome.changed)}
             with run.child(name, {**tags, "fmce.stage": "posttrain-arm"}) as child:
                 child.params({"alpha": choice.job.alpha, "best_epoch": choice.best.epoch})
-                child.begin(name, study.params.posttrain.epochs)
-                for epoch in histories[span.name, choice.job]:
+                history = histories[span.name, choice.job]
+                child.begin(name, len(history) - 1)
+                for epoch in history:
                     child.row(epoch.row())
                 figures = {"val": outcome.val, "test": outcome.test}
                 child.final({f"{s}/final_accuracy": j.accuracy for s, j in figures.items()}, now())

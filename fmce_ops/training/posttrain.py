@@ -26,10 +26,10 @@ from fmce_ops.training.reporter import Row
 from fmce_ops.training.state import load_state, save_state
 from fmce_ops.training.targets import INPUTS, OUTPUTS, OWN, TARGET, VALIDATION, Span
 
-Arm = Literal["ce", "anchor", "frp"]
+Arm = Literal["untouched", "ce", "anchor", "frp"]
 Mode = Literal["mixed", "local", "soft"]
 Schedule = Literal["one-cycle", "constant"]
-ARMS: tuple[Arm, ...] = ("ce", "anchor", "frp")
+ARMS: tuple[Arm, ...] = ("ce", "anchor", "frp")  # that are trained
 _BATCH = 512  # images that are judged at a time
 _MEMORY = 0.9  # of the running means that weigh the two parts of the loss
 _WEIGHTS = 1e-5, 10.0  # bounds of that weight
@@ -63,8 +63,8 @@ class Job:
 
     Attributes
     ----------
-    arm : ``ce`` learns from the labels alone, ``anchor`` has the span's own outputs as targets,
-        ``frp`` the targets that came back from the corrected logits.
+    arm : ``untouched`` stays as it came in, ``ce`` learns from the labels alone, ``anchor`` has the
+        span's own outputs as targets, ``frp`` the targets that came back from the corrected logits.
     alpha : weight of the targets beside the cross-entropy; 0 where they do not stand together.
     """
 
