@@ -129,7 +129,8 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     for stage, metric, steps in [("train", "train/loss", 6), ("fmce", "val/accuracy", 3)]:
         history = store.get_metric_history(found[stage][0].info.run_id, metric)
         assert [entry.step for entry in history] == list(range(1, steps + 1))
-    assert len(store.search_model_versions("name='fmce-net'")) == 1
+    for name in ("fmce-net", "fmce-posttrained", "fmce-pathways"):
+        assert len(store.search_model_versions(f"name='{name}'")) == 1, name
     assert len(found["markers"][0].outputs.model_outputs) == 3
 
 

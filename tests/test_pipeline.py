@@ -1,5 +1,6 @@
 """What a user does with a project: a real DVC repository, a real MLflow store, small real data."""
 
+import csv
 import json
 import shutil
 import sys
@@ -198,6 +199,47 @@ def test_posttrain_is_never_worse_on_validation_and_its_network_is_registered(
     assert answer["accuracy"] == pytest.approx(facts["test_accuracy"])
 
 
+def assert_chosen_on_validation(folder: Path) -> None:
+    """Every change of a span is its best alpha and epoch; the best epoch 0 changes nothing."""
+    facts = json.loads((folder / "results/posttrain.json").read_text())
+    with (folder / "results/posttrain.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for arm, outcomes in facts["arms"].items():
+        for outcome in outcomes:
+            for span in facts["targets"]:
+                key = {"module": span, "arm": arm, "seed": str(outcome["seed"])}
+                trained = [row for row in rows if key.items() <= row.items()]
+                best = max(
+                    trained,
+                    key=lambda r: (
+                        float(r["val_accuracy"]),
+                        -float(r["val_loss"]),
+                        -int(r["epoch"]),
+                    ),
+                )
+                chosen = {"alpha": float(best["alpha"]), "epoch": int(best["epoch"])}
+                kept = outcome["changed"].get(span)
+                if len(facts["targets"]) == 1 or kept:  # two may be better without each other
+                    assert kept == (chosen if chosen["epoch"] else None)
+
+
+def test_runs_and_report_say_which_weights_of_posttrain_are_kept(project: Path) -> None:
+    assert_chosen_on_validation(project)
+    facts = json.loads((project / "results/posttrain.json").read_text())
+    for run in runs(project, "posttrain-arm"):
+        tags = run.data.tags
+        changed = facts["arms"][tags["fmce.arm"]][int(tags["fmce.seed"])]["changed"]
+        assert tags["fmce.kept"] == str(tags["fmce.module"] in changed)
+    (parent,) = runs(project, "posttrain")
+    told = ", ".join(facts["changed"]) or "none: the incoming weights stay"
+    assert parent.data.tags["fmce.changed_modules"] == told
+    page = (project / "results/report.html").read_text()
+    assert ("New weights for" in page) == bool(facts["changed"])
+    for split in ("val", "test"):
+        low, high = (100 * facts["gain_of_frp"]["ce"][split][end] for end in ("low", "high"))
+        assert f"{low:+.2f} to {high:+.2f}" in page
+
+
 def in_two_processes(project: Path, stage: str) -> None:
     fabric = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
     port = ["--main-port", str(free_port())]
@@ -215,6 +257,7 @@ def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     assert set(facts["targets"]) == {"conv5", "stage3..stage4"}
     for name in facts["targets"]:
         fmce_ops(copy, "shards", "verify", f"data/targets/{name}/outputs")
+    assert_chosen_on_validation(copy)
     in_two_processes(copy, "posttrain")
     assert json.loads((copy / "results/posttrain.json").read_text()) == facts
     early, late = (facts["targets"][name]["reversed"] for name in ("stage3..stage4", "conv5"))
@@ -223,6 +266,7 @@ def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     fmce_ops(copy, "posttrain")  # by hand: what it made before is there
     pictures = sorted(file.name for file in (copy / "results/posttrain").iterdir())
     assert pictures == ["arms.png", "targets-conv5.png"]
+    assert_chosen_on_validation(copy)  # of two alphas
     for settings, words in [
         ({"modules": ["stage9"]}, "posttrain.modules names 'stage9'"),
         ({"modules": ["conv5"]}, "write 'conv5..head'"),

@@ -14,9 +14,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GOAL = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+@pytest.fixture(params=["factored", "by products"])
+def both_ways(request, monkeypatch):
+    """Maps that are small enough are factored; or none is."""
+    if request.param == "by products":
+        monkeypatch.setattr("fmce_ops.reverse.dense._LEAST", 0)
+        monkeypatch.setattr("fmce_ops.reverse.dense._MOST", 0)
+
+
 @pytest.mark.parametrize("dtype", GOAL)
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.usefixtures("both_ways")
 def test_linear_maps_equal_dense_least_squares(name, dtype, reachable):
     module, shape = prepared(LINEAR[name][0], dtype), LINEAR[name][1]
     x0 = torch.randn(2, *shape, dtype=dtype)
@@ -73,13 +82,10 @@ def test_an_answer_beyond_the_bound_is_damped():
     assert torch.allclose(result.x[0, 1], x0[0, 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", GOAL)
 @pytest.mark.parametrize("name", FAR)
-def test_maps_far_from_their_twins_equal_lsmr(name, dtype, factored, monkeypatch):
-    if not factored:
-        monkeypatch.setattr("fmce_ops.reverse.dense._LEAST", 0)
-        monkeypatch.setattr("fmce_ops.reverse.dense._MOST", 0)
+def test_maps_far_from_their_twins_equal_lsmr(name, dtype):
     module, shape = prepared(FAR[name][0], dtype), FAR[name][1]
     x0 = torch.randn(2, *shape, dtype=dtype)
     wanted = target(module, x0, reachable=False)
