@@ -204,7 +204,7 @@ def dataloader(images: Images, size: int) -> float:
 def tracking_cost(images: Images, epochs: int) -> float:
     """Time of a training with everything logged over that of the same with nothing logged."""
     untracked = train(images, SIZES[0], epochs, Reporters())
-    with tracked("benchmark", None, params={"epochs": epochs}, tags={}) as run:
+    with tracked("benchmark", params={"epochs": epochs}, tags={}) as run:
         logged = train(images, SIZES[0], epochs, run)
     return logged / untracked
 

@@ -40,12 +40,12 @@ from fmce_ops.tracking.registry import load_network, log_network, model_folder
 from fmce_ops.tracking.runs import tracked
 from fmce_ops.tracking.serving import Network
 
-store, run_id, dies_in = sys.argv[1:]
+store, dies_in = sys.argv[1:]
 os.environ["MLFLOW_TRACKING_URI"] = store
 if dies_in:
     setattr(MlflowClient, dies_in, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
 network = Network("fmce-net", {"shape": (3, 2, 2), "phases": 4}, {})
-with tracked("test", run_id or None, params={}, tags={}, system_metrics=False) as run:
+with tracked("test", "its key", params={}, tags={}, system_metrics=False) as run:
     print(run.id, flush=True)
     run.final({"loss": 0.5}, 1000, 7)
     state = network.build().state_dict()
@@ -68,9 +68,9 @@ def test_mlflow_reports_nothing_over_the_network() -> None:
 )
 def test_a_model_that_was_begun_is_completed(tmp_path: Path, dies_in: str) -> None:
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    killed = command(tmp_path, sys.executable, "-c", LOG, store, "", dies_in, code=-9)
+    killed = command(tmp_path, sys.executable, "-c", LOG, store, dies_in, code=-9)
     (run_id,) = killed.stdout.split()
-    again = command(tmp_path, sys.executable, "-c", LOG, store, run_id, "")
+    again = command(tmp_path, sys.executable, "-c", LOG, store, "")
     assert again.stdout.split() == [run_id]
     client = MlflowClient(store)
     run = client.get_run(run_id)
@@ -79,6 +79,16 @@ def test_a_model_that_was_begun_is_completed(tmp_path: Path, dies_in: str) -> No
     assert [(metric.key, metric.value) for metric in made.metrics] == [("loss", 0.5)]
     (linked,) = run.outputs.model_outputs
     assert (linked.model_id, linked.step) == (made.model_id, 7)
+
+
+def test_a_run_that_was_killed_as_it_was_opened_is_the_one_that_goes_on(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    killed = command(tmp_path, sys.executable, "-c", LOG, store, "log_batch", code=-9)
+    assert killed.stdout == ""
+    again = command(tmp_path, sys.executable, "-c", LOG, store, "")
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("fmce-ops").experiment_id])
+    assert again.stdout.split() == [run.info.run_id] and run.info.status == "FINISHED"
 
 
 REGISTER = """
@@ -105,7 +115,7 @@ def made(score, standing, broken=""):
             return original(*given, **named)
         raise MlflowException("503 Service Unavailable")
 
-    with tracked("test", None, params={}, tags={}, system_metrics=False) as run:
+    with tracked("test", params={}, tags={}, system_metrics=False) as run:
         state = network.build().state_dict()
         uri = log_network(run, "net", network, state, np.zeros((2, 3, 2, 2), "float32"))
         if broken:

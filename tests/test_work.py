@@ -54,7 +54,7 @@ def test_the_same_key_finds_its_folder_again(project):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "\x00"])
-@pytest.mark.parametrize("name", ["run.json", "finished.json"])
+@pytest.mark.parametrize("name", ["run-key.json", "finished.json"])
 def test_damage_in_a_work_folder_says_what_to_remove(project, name, text):
     path = leave(project)
     (path / name).write_text(text)
@@ -62,14 +62,16 @@ def test_damage_in_a_work_folder_says_what_to_remove(project, name, text):
         pytest.raises(DiskError, match=rf"{name} is damaged .*: remove .*train-"),
         open_work(project, "train", KEY) as work,
     ):
-        assert work.run_id
+        assert work.run_key()
 
 
-def test_the_run_of_a_work_folder_is_remembered(project):
+def test_the_key_of_the_run_of_a_work_folder_is_remembered(project):
     with open_work(project, "train", KEY) as work:
-        assert work.run_id is None
-        work.remember_run("0ab1")
-        assert work.run_id == "0ab1"
+        key = work.run_key()
+    with open_work(project, "train", KEY) as work:
+        assert work.run_key() == key
+    with open_work(project, "train", {**KEY, "version": "other"}) as work:
+        assert work.run_key() != key
 
 
 @pytest.mark.parametrize(
@@ -123,14 +125,6 @@ def test_finished_work_stays_until_dvc_has_recorded_the_outputs(project):
     with open_work(project, "train", KEY) as work:
         assert work.path == path
         assert sorted(file.name for file in path.iterdir()) == ["key.json"]
-
-
-def test_the_run_is_remembered(project):
-    with open_work(project, "train", KEY) as work:
-        assert work.run_id is None
-        work.remember_run("a1b2")
-    with open_work(project, "train", KEY) as work:
-        assert work.run_id == "a1b2"
 
 
 def test_processes_beside_the_first_share_the_folder_and_touch_nothing(project):

@@ -133,7 +133,7 @@ def _record(result: Evaluation, network: Network, matrix: NDArray[np.int64]) -> 
     data = FMCS if network.kind == "fmce-net" else IMAGES
     tags |= {"fmce.backbone": backbone, f"fmce.input.{data}": result.data}
     params = {"model_uri": result.model_uri, "kind": result.kind}
-    with tracked("evaluate", None, params=params, tags=tags, system_metrics=False) as run:
+    with tracked("evaluate", params=params, tags=tags, system_metrics=False) as run:
         run.dataset(data, str(data), result.data, "test")
         run.tags({"fmce.builds_on": ",".join(run.makers({str(data): result.data}))})
         run.final({f"test/{name}": value for name, value in result.figures.items()}, now())

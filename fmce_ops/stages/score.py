@@ -229,7 +229,7 @@ def _scored(name: str, subject: _Subject, asked: Asked, judge: Judge) -> Scored:
 def _recorded(asked: Asked, name: str) -> Iterator[Run]:
     told = {key: str(value) for key, value in asdict(asked).items() if value is not None}
     tags = {"fmce.stage": "score", "fmce.backbone": asked.network or "", "fmce.scored": name}
-    with tracked("score", None, params=told, tags=tags, system_metrics=False) as run:
+    with tracked("score", params=told, tags=tags, system_metrics=False) as run:
         yield run
 
 

@@ -106,8 +106,7 @@ def open_stage(
             return
         for path in outputs:
             remove_leftovers(path)
-        with tracked(name, work.run_id, params=values, tags=_tags(name, params, digests)) as run:
-            work.remember_run(run.id)
+        with tracked(name, work.run_key(), params=values, tags=_tags(name, params, digests)) as run:
             _record_inputs(run, params, digests)
             if fabric is not None:
                 fabric.barrier()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from filelock import FileLock, Timeout
@@ -25,7 +26,7 @@ from fmce_ops.files import atomic, disk_reason, file_digest, write_json
 
 FOLDER = ".fmce"
 MANIFEST = "manifest.json"
-_FINISHED, _RUN = "finished.json", "run.json"
+_FINISHED, _RUN = "finished.json", "run-key.json"
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,12 @@ class Work:
 
     path: Path
 
-    @property
-    def run_id(self) -> str | None:
-        """The tracked run that this work belongs to, where one was opened."""
+    def run_key(self) -> str:
+        """What the tracked run of this work is found by; it is kept before there is a run."""
         file = self.path / _RUN
-        return _kept(file).get("run_id") if file.exists() else None
-
-    def remember_run(self, run_id: str) -> None:
-        """A repeated stage goes on in this run."""
-        write_json(self.path / _RUN, {"run_id": run_id})
+        if not file.exists():
+            write_json(file, {"key": uuid4().hex})
+        return _kept(file)["key"]
 
     def finish(self, outputs: Mapping[str, str]) -> None:
         """All outputs (path: MD5, of files alone) are in their place."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "fmce-ops"
 OUTPUT_TAG = "fmce.output."  # + the output's path = its digest
+_KEY_TAG = "fmce.key"
 
 
 @dataclass(frozen=True)
@@ -186,22 +187,22 @@ def _refuse_dead_server(uri: str) -> None:
 @contextlib.contextmanager
 def tracked(
     name: str,
-    run_id: str | None,
+    key: str | None = None,
     *,
     params: Mapping[str, Any],
     tags: Mapping[str, str],
     system_metrics: bool = True,
 ) -> Iterator[Run]:
-    """Open a run, or go on in the run ``run_id``; close it as FINISHED, FAILED or KILLED.
+    """Open a run, or go on in the one with the ``key``; close it as FINISHED, FAILED or KILLED.
 
-    A run that fails carries the reason in its tag ``fmce.failure``. SIGTERM closes it as KILLED.
+    The store makes a run and its key at once, so that no kill leaves a run that is not found. A
+    run that fails carries the reason in its tag ``fmce.failure``. SIGTERM closes it as KILLED.
     """
     client = connect()
     mlflow.set_system_metrics_sampling_interval(2)  # s; most stages are short
-    run_id = run_id if run_id and _exists(client, run_id) else None
-    started = mlflow.start_run(
-        run_id=run_id, run_name=None if run_id else name, log_system_metrics=system_metrics
-    )
+    run_id = _begun(key) if key else None
+    new = {} if run_id else {"run_name": name, "tags": {_KEY_TAG: key} if key else None}
+    started = mlflow.start_run(run_id=run_id, log_system_metrics=system_metrics, **new)
     run = Run(client, started.info.run_id, {})
     status, failure = RunStatus.FINISHED, ""
     try:
@@ -233,11 +234,11 @@ def _close(run: Run, status: int, failure: str | None) -> None:
         mlflow.end_run(RunStatus.to_string(status))
 
 
-def _exists(client: MlflowClient, run_id: str) -> bool:
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False  # the store was removed or changed since: a new run tells the whole story
+def _begun(key: str) -> str | None:
+    """None also where the store was removed or changed since: a new run tells the whole story."""
+    query = f"tags.`{_KEY_TAG}` = '{key}'"
+    found = mlflow.search_runs(filter_string=query, max_results=1, output_format="list")
+    return found[0].info.run_id if found else None
 
 
 @contextlib.contextmanager
