@@ -348,7 +348,7 @@ def study(
 
 
 def chosen(found: dict[str, list[Score]]) -> str:
-    """The target that is best on validation, in the mean of the seeds."""
+    """The target that is best on validation, in the mean of the seeds; of equals the first."""
     targets = [name for name in found if name not in (*CONTROLS, SMOOTHED)]
     return max(targets, key=lambda name: fmean(score.val for score in found[name]))
 
