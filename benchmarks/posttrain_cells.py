@@ -9,7 +9,7 @@ checkpoint of its own; every arm trains that checkpoint on, as a whole, with the
 augmentation, which the checkpoint had not either, and with the statistics of batch norm at rest,
 but for the arms that take them anew after each epoch. The epoch is chosen on validation, epoch 0
 among them, and so is the target of the cell: the one whose validation accuracy is greatest in the
-mean of the seeds. Test images are looked at after that.
+mean of the seeds. Test images have no say in either.
 """
 
 import argparse
