@@ -2,18 +2,21 @@
 
 python benchmarks/reverse_networks.py            # prints the table
 python benchmarks/reverse_networks.py --write    # keeps it in benchmarks/reverse_networks.md
-python benchmarks/reverse_networks.py --write --only resnet18    # and the rows of all others
+python benchmarks/reverse_networks.py --only resnet18 vit_b_32    # prints the rows of some
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from fmce_ops.files import write_text
 from fmce_ops.reverse import Reversal, Status, nearest_logits, reverse
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
+
+from machine import commit, processor
 
 CLASSES = 10
 BATCH = 2
@@ -62,42 +65,40 @@ class Rest(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="keep the table beside this file")
-    parser.add_argument("--only", nargs="*", help="names of networks")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--write", action="store_true", help="keep the table beside this file")
+    which.add_argument("--only", nargs="*", help="names of networks")
     options = parser.parse_args()
-    page = Path(__file__).with_suffix(".md")
-    rows = dict.fromkeys(NETWORKS, "")
-    if options.only and page.exists():
-        for line in page.read_text().splitlines(keepends=True):
-            if (name := line[2:].split(" |")[0]) in rows:
-                rows[name] += line
+    made_by = f"{processor()}, torch {torch.__version__}, commit {commit()}"
     lines = [
         "# Reverse steps through torchvision's families",
         "",
         f"scikit-learn's digits, enlarged; batch {BATCH}; weights random, or after {STEPS} steps "
         f"of {PER_STEP} images, behind them the share of {TESTED_ON} other images that the "
         "network reads right. Median and worst sample of those that needed a change. Made with "
-        "`python benchmarks/reverse_networks.py --write`.",
+        f"`python benchmarks/reverse_networks.py --write`, on {made_by}.",
         "",
         f"- `head`: target the nearest correct logits, margin 1, at most {HEADS} iterations.",
         "- `stage`: target what the head asked for, whether or not the stage can make it, at most "
         f"{ITERATIONS} iterations.",
         f"- `stage, reachable`: target what the stage makes of its input and {NOISE:.0%} of noise, "
-        f"so that there is an answer; at most {MANY} iterations, linear stages what they need.",
+        f"so that there is an answer; at most {MANY} iterations.",
+        "",
+        "Where a start leaves a sample short of its target, a Sequential is walked backwards part "
+        "by part besides; its iterations are added to the others. Linear stages take what they "
+        "need.",
         "",
         "| network | weights | boundary | residual | change | iterations | status |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in options.only or NETWORKS:
-        rows[name] = ""
         for weights, steps in {"random": 0, "trained": STEPS}.items():
             accuracy, answers = study(name, steps)
             for boundary, found in answers.items():
-                row = table_row(f"{name} | {weights}, {accuracy:.2f} | {boundary}", found)
-                print(row, flush=True)
-                rows[name] += f"{row}\n"
-        if options.write:
-            page.write_text("\n".join([*lines, "".join(rows.values())]))
+                lines.append(table_row(f"{name} | {weights}, {accuracy:.2f} | {boundary}", found))
+                print(lines[-1], flush=True)
+    if options.write:
+        write_text(Path(__file__).with_suffix(".md"), "\n".join(lines) + "\n")
 
 
 def study(
