@@ -49,7 +49,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of ``path``, while a lock keeps others from writing it.
+    """Remove what killed processes left of ``path``; no other process may be writing it.
 
     SQLite keeps a journal beside a database, under its name and ``-journal``.
     """

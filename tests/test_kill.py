@@ -1,17 +1,29 @@
 """Stages that are killed go on, end with the same bytes, and are one run in MLflow."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 from fmce_ops.files import file_digest
 from mlflow import MlflowClient
 
-from tests.project import command, environment, new_project
+from tests.project import (
+    SMALL,
+    command,
+    copy_project,
+    environment,
+    fmce_ops,
+    free_port,
+    new_project,
+    write_params,
+)
 
 RESULTS = [
     "results/losses.csv",
@@ -73,9 +85,20 @@ def until(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"the process ended before it printed {text!r}")
 
 
-def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    os.killpg(process.pid, number)
-    process.wait(timeout=60)
+def once(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    """Wait for a thing to happen while the process runs."""
+    while not happened():
+        assert process.poll() is None, "the process ended before it happened"
+        time.sleep(0.005)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill the process and all that it has started, also what has a group of its own."""
+    every = [*psutil.Process(process.pid).children(recursive=True), process]
+    for one in every:
+        one.kill()
+    for one in every:
+        one.wait(timeout=60)
     if process.stdout:
         process.stdout.close()
 
@@ -92,8 +115,13 @@ def stages(folder: Path) -> dict[str, list[mlflow.entities.Run]]:
 
 def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_path: Path) -> None:
     folder = new_project(tmp_path / "killed")
-    # behind each text the whole process group is killed, at once or a little later
-    points = [
+    results = folder / "results"
+
+    def registered(name: str) -> Callable[[], bool]:
+        return lambda: bool(MlflowClient().search_model_versions(f"name='{name}'"))
+
+    # behind each text all processes are killed, a little later or as soon as a thing happened
+    points: list[tuple[str, float | Callable[[], bool]]] = [
         ("Running stage 'prepare'", 1.5),
         ("train 1/6", 0.0),
         ("train 3/6", 0.1),
@@ -101,19 +129,26 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("Running stage 'markers'", 6.0),
         ("features 2/", 0.0),
         ("fmce 1/3", 0.0),
-        ("fmce 3/3", 1.0),
+        ("fmce 3/3", registered("fmce-net")),
         ("train 3/6", 0.1),  # of a fold
         ("targets of conv1..head 1/", 0.0),
         ("posttrain 2/6", 0.1),
+        ("posttrain 6/6", (results / "posttrain.json").exists),
+        ("posttrain 6/6", (results / "posttrain" / "targets-conv1..head.png").exists),
+        ("posttrain 6/6", registered("fmce-posttrained")),
         ("pathways 1/2", 0.0),
+        ("Running stage 'pathways'", registered("fmce-pathways")),
         ("describe 5/", 0.0),
         ("maturity 1/2", 0.0),
     ]
     for text, later in points:
         process = start(folder, "dvc", "repro")
         until(process, text)
-        time.sleep(later)
-        end(process, signal.SIGKILL)
+        if callable(later):
+            once(process, later)
+        else:
+            time.sleep(later)
+        end(process)
     command(folder, "dvc", "repro")
     assert digests(folder) == undisturbed
     assert not list(folder.glob("data/.*.tmp")) and not list(folder.glob("results/.*.tmp"))
@@ -132,6 +167,27 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     for name in ("fmce-net", "fmce-posttrained", "fmce-pathways"):
         assert len(store.search_model_versions(f"name='{name}'")) == 1, name
     assert len(found["markers"][0].outputs.model_outputs) == 3
+
+
+def test_two_processes_that_are_killed_go_on_to_the_results_of_one(
+    project: Path, tmp_path: Path
+) -> None:
+    folder = copy_project(project, tmp_path / "two")
+    local = {"mode": "local", "modules": ["stage3..stage4", "conv5"], "folds": 0}
+    local["images_per_shard"] = 32
+    write_params(folder, {**SMALL, "posttrain": {**SMALL["posttrain"], **local}})
+    fmce_ops(folder, "posttrain")
+    results = [folder / "results" / name for name in ("posttrain.json", "posttrain.csv")]
+    alone = [file.read_bytes() for file in results]
+    script = shutil.which("fmce-ops", path=environment()["PATH"])
+    words = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
+    words += ["--main-port", str(free_port()), str(script), "posttrain"]
+    for text in ("targets of conv5 1/", "posttrain 2/6"):
+        process = start(folder, *words)
+        until(process, text)
+        end(process)
+    command(folder, *words)
+    assert [file.read_bytes() for file in results] == alone
 
 
 def test_ctrl_c_closes_the_run_keeps_the_work_and_says_how_to_go_on(

@@ -15,7 +15,7 @@ from fmce_ops.data import Images, to_input
 from fmce_ops.errors import ModelError, TrainingError
 from fmce_ops.models import build, functional_modules, load_into, load_weights
 from fmce_ops.reverse import nearest_logits
-from fmce_ops.shards import ShardStore
+from fmce_ops.shards import RandomBatches, ShardStore
 from fmce_ops.stages.folds import draw_folds, fold_logits
 from fmce_ops.stages.networks import build_classifier
 from fmce_ops.stages.params import Params
@@ -291,6 +291,34 @@ def test_the_best_weights_are_those_of_the_best_epoch(made, images, tmp_path):
     found = judge_images(whole, images, "val", SIZE, torch.device("cpu"))
     assert found.accuracy == pytest.approx(best.val_accuracy)
     assert found.loss == pytest.approx(best.val_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "local"])
+def test_the_arms_of_a_seed_see_the_same_batches_and_train_the_span_alone(
+    made, images, tmp_path, monkeypatch, mode
+):
+    span, shown = made[0], dict[Job, list[list[int]]]()
+    every = jobs(mode, (0.1, 1.0), 2)
+
+    class Watched(RandomBatches):
+        def __iter__(self):
+            for batch in super().__iter__():
+                shown[job].append(batch.position.tolist())
+                yield batch
+
+    monkeypatch.setattr("fmce_ops.training.posttrain.RandomBatches", Watched)
+    before = copy.deepcopy(network().state_dict())
+    for job in every:
+        shown[job] = []
+        trained(made, tmp_path / job.name, job, plan(mode))
+        state, _ = load_weights(best_weights(tmp_path / job.name))
+        assert set(state) == set(span.inside.state_dict())
+    first, other = (shown[Job("ce", 0.0, seed)] for seed in (0, 1))
+    assert [shown[job] for job in every] == [(first, other)[job.seed] for job in every]
+    epochs = [tuple(epoch) for epoch in np.split(np.concatenate(first), 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(images.counts["train"]))] * 3
+    assert len({*epochs, tuple(np.concatenate(other)[: len(epochs[0])])}) == 4
+    assert all(torch.equal(value, before[name]) for name, value in network().state_dict().items())
 
 
 def test_batch_norm_statistics_stay(made, tmp_path):

@@ -194,6 +194,16 @@ def test_a_killed_writer_leaves_nothing_under_the_name_and_the_next_one_cleans_u
     assert existing(tmp_path, **place) == writer.close()
 
 
+def test_what_a_kill_left_of_the_manifest_is_gone_once_it_is_written(tmp_path):
+    manifest = make_store(tmp_path, random_maps(1, 3, 2, 2, 2))
+    left = tmp_path / ".manifest.json.123.tmp"
+    left.touch()
+    with pytest.raises(ShardError, match=f"{left.name} is surplus"):
+        verify(tmp_path)
+    manifest.save(tmp_path)
+    verify(tmp_path)
+
+
 def test_a_finished_shard_of_other_parameters_is_not_taken_for_this_one(tmp_path):
     write(tmp_path, np.ones((2, 1, 1, 1)), phase=1)
     place = {"phase": 1, "part": 0, "count": 2}

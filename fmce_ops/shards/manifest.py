@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fmce_ops.errors import ShardError
-from fmce_ops.files import write_text
+from fmce_ops.files import remove_leftovers, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -115,6 +115,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write ``folder/manifest.json``, whole or not at all."""
+        remove_leftovers(Path(folder) / MANIFEST)  # they would be surplus in the store
         write_text(Path(folder) / MANIFEST, self._text())
 
     @property

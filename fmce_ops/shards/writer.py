@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fmce_ops.errors import ShardError
-from fmce_ops.files import atomic, file_digest
+from fmce_ops.files import atomic, file_digest, remove_leftovers
 from fmce_ops.shards.following import FollowingHash
 from fmce_ops.shards.layout import Layout, check_header, create, finish, open_file, refused
 from fmce_ops.shards.manifest import Shard, check_layout, map_bytes, shard_file
@@ -72,7 +72,7 @@ class ShardWriter:
         self._rows = 0
         self._held = np.empty((0, *shape), dtype)
         self._shard: Shard | None = None
-        _remove_leftovers(self._path)
+        remove_leftovers(self._path)
         self._life = ExitStack()
         self._hash = self._life.enter_context(FollowingHash())
         self._temporary = self._life.enter_context(atomic(self._path))
@@ -278,12 +278,6 @@ def _disk_failures_as_os_errors() -> Iterator[None]:
         if number := re.search(r"errno = (\d+)", str(error)):
             raise OSError(int(number[1]), str(error)) from error
         raise
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what a killed writer of the same shard left; the name is that of `files.atomic`."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def _integers(values: npt.ArrayLike) -> Integers:
