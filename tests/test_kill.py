@@ -115,7 +115,6 @@ def stages(folder: Path) -> dict[str, list[mlflow.entities.Run]]:
 
 def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_path: Path) -> None:
     folder = new_project(tmp_path / "killed")
-    results = folder / "results"
 
     def registered(name: str) -> Callable[[], bool]:
         return lambda: bool(MlflowClient().search_model_versions(f"name='{name}'"))
@@ -125,7 +124,6 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("Running stage 'prepare'", 1.5),
         ("train 1/6", 0.0),
         ("train 3/6", 0.1),
-        ("train 6/6", 0.0),
         ("Running stage 'markers'", 6.0),
         ("features 2/", 0.0),
         ("fmce 1/3", 0.0),
@@ -133,8 +131,7 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("train 3/6", 0.1),  # of a fold
         ("targets of conv1..head 1/", 0.0),
         ("posttrain 2/6", 0.1),
-        ("posttrain 6/6", (results / "posttrain.json").exists),
-        ("posttrain 6/6", (results / "posttrain" / "targets-conv1..head.png").exists),
+        ("posttrain 6/6", (folder / "results/posttrain/targets-conv1..head.png").exists),
         ("posttrain 6/6", registered("fmce-posttrained")),
         ("pathways 1/2", 0.0),
         ("Running stage 'pathways'", registered("fmce-pathways")),
