@@ -117,7 +117,8 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
     folder = new_project(tmp_path / "killed")
 
     def registered(name: str) -> Callable[[], bool]:
-        return lambda: bool(MlflowClient().search_model_versions(f"name='{name}'"))
+        database = f"sqlite:///{folder / 'mlflow.db'}"
+        return lambda: bool(MlflowClient(database).search_model_versions(f"name='{name}'"))
 
     # behind each text all processes are killed, a little later or as soon as a thing happened
     points: list[tuple[str, float | Callable[[], bool]]] = [
