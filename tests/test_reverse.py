@@ -59,7 +59,7 @@ def test_nearest_logits_equal_a_general_optimiser(seed, classes, margin):
         (torch.zeros(2, 3), torch.tensor([0, -1]), 0.0, "run from -1"),
         (torch.zeros(2, 3), torch.tensor([0]), 0.0, "one integer for each"),
         (torch.zeros(3), torch.tensor([0]), 0.0, "give \\(N, K\\)"),
-        (torch.zeros(1, 2), [0], 0.0, "labels a list: give tensors"),
+        (torch.zeros(1, 2), [0], 0.0, "labels list: give dense tensors"),
         (torch.zeros(1, 2), torch.tensor([0j]), 0.0, "one integer for each"),
         (torch.zeros(1, 2), torch.tensor([True]), 0.0, "of torch.bool: give one integer"),
         (torch.zeros(1, 2), torch.tensor([0]), "1", "margin is '1'"),
@@ -488,6 +488,7 @@ class Fixed(nn.Module):
         (Fixed(), (4, 2)),
         (nn.LayerNorm([4, 3]), (4, 3)),
         (Bad(lambda x: x.view(4, -1).tanh()), (4, 3)),
+        (Bad(lambda x: x.cumsum(0)), (4, 3)),  # the first by itself is as in the batch
     ],
 )
 def test_modules_that_tie_samples_together_are_named(module, shape):
@@ -528,6 +529,23 @@ def test_modules_without_usable_derivatives_are_refused(forward, says):
     shape = (3, 2, 2, 1) if "constant" in says else (3, 2, 2)
     with pytest.raises(ReverseError, match=f"Bad .*{says}"):
         reverse(Bad(forward), torch.rand(shape), torch.rand(3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (
+            lambda x: F.binary_cross_entropy(x, torch.full_like(x, 0.5), reduction="none"),
+            "between 0 and 1",
+        ),
+        (lambda x: torch.linalg.cholesky(torch.diag_embed(x)).sum(1), "positive-definite"),
+        (lambda x: x + x.sin() if (x.abs() < 2).all() else {}["far"], "KeyError 'far'"),
+    ],
+)
+def test_what_a_module_refuses_on_the_way_is_told_in_a_sentence(forward, says):
+    torch.manual_seed(0)
+    with pytest.raises(ReverseError, match=f"^Bad took x0, and failed .*{says}.*: give a smaller"):
+        reverse(Bad(forward), torch.randn(3, 4) * 9, torch.rand(3, 4) * 0.8 + 0.1)
 
 
 def test_tiny_weights_are_not_taken_for_a_derivative_that_is_missing():
@@ -573,6 +591,30 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_runs():
     with pytest.raises(ReverseError, match="not a module"):
         reverse(torch.relu, x, x)
     assert len(reverse(module, x[:0], x[:0]).x) == 0
+    with pytest.raises(ReverseError, match="cannot take an input"):
+        reverse(module, x[:0], torch.ones(0, 5))
+    with pytest.raises(ReverseError, match=r"returned .* and the target is"):
+        reverse(module, torch.ones(0, 5), x[:0])
+    with pytest.raises(ReverseError, match=r"input of Linear is \(3, 0\), samples of nothing"):
+        reverse(module, x, x[:, :0])
+    for odd in (x.to_sparse(), x.to("meta")):
+        with pytest.raises(ReverseError, match="give a dense tensor"):
+            reverse(module, odd, x)
+
+
+def test_buffers_that_cannot_be_compared_are_left_alone():
+    module, x = nn.Linear(2, 2), torch.ones(3, 2)
+    module.register_buffer("mask", torch.eye(2).to_sparse())
+    module.register_buffer("scale", torch.ones(2).to(torch.float8_e4m3fn))
+    assert (reverse(module, x, x).status != Status.UNCHANGED).all()
+
+
+@pytest.mark.parametrize("given", [{"modules": nn.Linear(2, 2)}, {"activations": None}])
+def test_what_is_no_list_of_modules_or_activations_is_named(given):
+    x = torch.ones(3, 2)
+    (what,) = given
+    with pytest.raises(ReverseError, match=f"^the {what} are a .*: give a list of them"):
+        propagate(**{"modules": [nn.Linear(2, 2)], "target": x, "activations": [x], **given})
 
 
 @pytest.mark.parametrize(
@@ -588,12 +630,15 @@ def test_modules_that_have_no_weights_to_compute_with_are_named(make, says):
         reverse(make(), torch.rand(2, 4, 6, 6), torch.rand(2, 3, 8, 8))
 
 
-def test_a_module_in_torchscript_is_reversed_like_its_source():
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ELU(inplace=True)])
+def test_a_module_in_torchscript_is_reversed_like_its_source(activation, frozen):
     torch.manual_seed(3)
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3))
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), activation, nn.Conv2d(4, 4, 3)).eval()
     target, x0 = torch.rand(2, 4, 4, 4), torch.rand(2, 3, 8, 8)
     expected = reverse(Bad(module.forward), target, x0)
-    found = reverse(torch.jit.script(module), target, x0)
+    scripted = torch.jit.script(module)
+    found = reverse(torch.jit.freeze(scripted) if frozen else scripted, target, x0)
     assert torch.allclose(found.x, expected.x, atol=1e-4)
     assert found.residual.max() < 1 and all(p.requires_grad for p in module.parameters())
 
@@ -602,7 +647,7 @@ def test_a_module_in_torchscript_is_reversed_like_its_source():
     ("name", "value"),
     [
         *(("tolerance", value) for value in (0, 1, "a", None, True)),
-        *(("damping", value) for value in (-1, float("nan"), "a")),
+        *(("damping", value) for value in (-1, float("nan"), "a", 10**400)),
         *(("max_iterations", value) for value in (0, 2.5, True, "12")),
         *(("max_change", value) for value in (0, float("inf"), None)),
     ],

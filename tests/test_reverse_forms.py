@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORMS = {
     "relu": (nn.ReLU(inplace=True), (5,)),
+    "relu6": (nn.ReLU6(), (5,)),
     "leaky": (nn.LeakyReLU(0.1), (5,)),
     "gelu": (nn.GELU(), (5,)),
     "gelu tanh": (nn.GELU("tanh"), (5,)),
@@ -26,8 +27,10 @@ FORMS = {
     "dropout": (nn.Dropout(), (4,)),
     "linear": (nn.Linear(6, 4), (6,)),
     "convolution": (nn.Conv2d(3, 2, 3, padding=1), (3, 4, 4)),
+    "convolution of 1x1": (nn.Conv2d(4, 3, 1), (4, 3, 3)),
     "batch norm": (nn.BatchNorm1d(4), (4,)),
     "average": (nn.AvgPool2d(2), (2, 4, 4)),
+    "linear maps": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), (3, 5, 5)),
 }
 OVERLAPPING = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1), nn.AdaptiveMaxPool2d((2, 3))]
 SEARCH = Settings(0.0, 400, 1e-5, 10.0, shortcuts=False)

@@ -1,5 +1,6 @@
 """What cannot be reversed is refused with one sentence."""
 
+import sys
 from collections.abc import Callable, Iterable
 from itertools import chain
 from numbers import Integral, Real
@@ -23,13 +24,13 @@ def check_settings(damping: float, max_iterations: int, tolerance: float, bound:
             raise ReverseError(f"{name} is {value!r}: give a number.")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, Integral):
         raise ReverseError(f"max_iterations is {max_iterations!r}: give a whole number.")
-    if not 0 <= damping < float("inf"):
+    if not 0 <= damping <= sys.float_info.max:
         raise ReverseError(f"damping is {damping}: give a finite number that is not negative.")
     if not 1 <= max_iterations <= _MOST:
         raise ReverseError(f"max_iterations is {max_iterations}: give 1 to {_MOST:,}.")
     if not 0 < tolerance < 1:
         raise ReverseError(f"tolerance is {tolerance}: give a relative residual in (0, 1).")
-    if not 0 < bound < float("inf"):
+    if not 0 < bound <= sys.float_info.max:
         raise ReverseError(f"max_change is {bound}: give a finite number above 0.")
 
 
@@ -37,11 +38,14 @@ def check_tensors(module: nn.Module, target: Tensor, x0: Tensor) -> None:
     """Refuse what does not fit before anything is computed."""
     name = type(module).__name__
     for what, tensor in (("input", x0), ("target", target)):
-        if not isinstance(tensor, Tensor) or tensor.ndim < 2 or tensor.dtype not in _TYPES:
-            given = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else ""
+        if not is_plain(tensor) or tensor.ndim < 2 or tensor.dtype not in _TYPES:
             raise ReverseError(
-                f"the {what} of {name} is {given or type(tensor).__name__}: give a tensor "
-                "(N, ...) of float32 or float64."
+                f"the {what} of {name} is {described(tensor)}: give a dense tensor (N, ...) of "
+                "float32 or float64."
+            )
+        if 0 in tensor.shape[1:]:
+            raise ReverseError(
+                f"the {what} of {name} is {tuple(tensor.shape)}, samples of nothing: give some."
             )
         if not tensor.isfinite().all():
             raise ReverseError(f"the {what} of {name} holds NaN or Inf: find out what made it.")
@@ -50,6 +54,19 @@ def check_tensors(module: nn.Module, target: Tensor, x0: Tensor) -> None:
             f"{name} got {len(x0)} inputs of {x0.dtype} on {x0.device} and {len(target)} targets "
             f"of {target.dtype} on {target.device}: give as many of the same type in one place."
         )
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether it is a dense tensor with numbers in it."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def described(value: object) -> str:
+    """What was given instead of a tensor that would do."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    words = f"{tuple(value.shape)} of {value.dtype}"
+    return words if is_plain(value) else f"{words}, {value.layout} on {value.device}"
 
 
 def check_module(module: nn.Module, x0: Tensor) -> None:
@@ -85,7 +102,10 @@ def _check_weights(module: nn.Module) -> None:
             raise ReverseError(f"{type(module).__name__} holds {place} {lacking}.")
         # A mask of attention holds -Inf, and it is a buffer.
         strict = isinstance(value, nn.Parameter) or value.is_complex()
-        good = value.isfinite() if strict else value < torch.inf
+        try:
+            good = value.isfinite() if strict else value < torch.inf
+        except NotImplementedError:  # sparse, or of 8 bits
+            continue
         if not good.all():
             raise ReverseError(
                 f"{type(module).__name__} holds NaN or Inf in {place}: find out what made it."
@@ -111,10 +131,9 @@ def made(module: nn.Module, x0: Tensor, target: Tensor, what: str = "the target"
         raise
     except Exception as error:  # whatever the module's own code makes of it
         name, given = culprit(module, x0)
-        reason = str(error).strip().split("\n")[0]
         raise ReverseError(
-            f"{name} cannot take an input {tuple(given.shape)} of {given.dtype}: give "
-            f"inputs of its shape and type ({reason})."
+            f"{name} cannot take an input {tuple(given.shape)} of {given.dtype}: give inputs of "
+            f"its shape and type, or wrap it to take one tensor ({first_line(error)})."
         ) from error
     _check_kind(module, x0, y)
     if y.shape != target.shape:
@@ -185,20 +204,31 @@ def check_apart(module: nn.Module, x0: Tensor, y: Tensor) -> None:
     """
     if len(x0) < 2:
         return
+    # What reads the samples before its own leaves the first as it is, but not the last.
+    _check_alone(module, x0[:1], y[:1], len(x0))
+    _check_alone(module, x0[-1:], y[-1:], len(x0))
+
+
+def _check_alone(module: nn.Module, x: Tensor, y: Tensor, count: int) -> None:
     name = type(module).__name__
     try:
-        alone = module(x0[:1].clone())
+        alone = module(x.clone())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the module's own code makes of it
-        reason = str(error).strip().split("\n")[0]
         raise ReverseError(
-            f"{name} takes {len(x0)} samples together and none by itself ({reason}): only modules "
-            "that take each by itself can be reversed."
+            f"{name} takes {count} samples together and none by itself ({first_line(error)}): only "
+            "modules that take each by itself can be reversed."
         ) from error
-    same = isinstance(alone, Tensor) and alone.shape == y[:1].shape
-    if not same or (alone - y[:1]).norm() > _APART * y[:1].norm():
+    same = isinstance(alone, Tensor) and alone.shape == y.shape
+    if not same or (alone - y).norm() > _APART * y.norm():
         raise ReverseError(
-            f"{name} makes of a sample by itself something else than in a batch of {len(x0)}: only "
+            f"{name} makes of a sample by itself something else than in a batch of {count}: only "
             "modules that take each by itself, and always alike, can be reversed."
         )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, or where that is nothing but a name, its type too."""
+    said = str(error).strip().split("\n")[0]
+    return said if " " in said else f"{type(error).__name__} {said}".strip()

@@ -13,6 +13,7 @@ from fmce_ops.reverse.checks import (
     check_module,
     check_settings,
     check_tensors,
+    first_line,
     made,
 )
 from fmce_ops.reverse.circulant import forget_twins
@@ -78,8 +79,9 @@ def reverse(
     ------
     ReverseError
         The module returns several tensors or integers, changes the number of samples, makes of a
-        sample by itself something else than in the batch, or is not differentiable; shapes or types
-        do not fit, settings are out of range, inputs, parameters or buffers are not finite.
+        sample by itself something else than in the batch (seen on the first and the last), is not
+        differentiable, or fails at a point that the search tries; shapes or types do not fit,
+        settings are out of range, inputs, parameters or buffers are not finite.
 
     Examples
     --------
@@ -139,6 +141,9 @@ def propagate(
         As `reverse`, or if there is not one activation for each module, or an activation is not of
         the shape that the module before it makes.
     """
+    for what, given in (("modules", modules), ("activations", activations)):
+        if not (hasattr(given, "__len__") and hasattr(given, "__iter__")):
+            raise ReverseError(f"the {what} are a {type(given).__name__}: give a list of them.")
     if not modules or len(modules) != len(activations):
         raise ReverseError(
             f"there are {len(modules)} modules and {len(activations)} activations: "
@@ -214,6 +219,7 @@ def _joined(parts: list[Reversal]) -> Reversal:
 
 def _reverse_slice(settings: Settings, module: nn.Module, target: Tensor, x0: Tensor) -> Reversal:
     if not len(x0):
+        made(module, x0.new_zeros(1, *x0.shape[1:]), target.new_zeros(1, *target.shape[1:]))
         return _untouched(x0)
     y = made(module, x0, target)
     check_apart(module, x0, y)
@@ -222,7 +228,23 @@ def _reverse_slice(settings: Settings, module: nn.Module, target: Tensor, x0: Te
     rows = (~same).nonzero()[:, 0]
     if not len(rows):
         return _untouched(x0)
-    return _filled(x0, rows, _answer(settings, module, target[rows], x0[rows], gap[rows]))
+    with _searched(module):
+        return _filled(x0, rows, _answer(settings, module, target[rows], x0[rows], gap[rows]))
+
+
+@contextmanager
+def _searched(module: nn.Module) -> Iterator[None]:
+    """What the module's own code refuses behind x0 is told in one sentence."""
+    try:
+        yield
+    except (ReverseError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ReverseError(
+            f"{type(module).__name__} took x0, and failed on the way to the target "
+            f"({first_line(error)}): give a smaller max_change or a nearer target, or wrap it to "
+            "take any input of that shape."
+        ) from error
 
 
 def _answer(

@@ -68,6 +68,7 @@ def _softmax(module: Any, target: Tensor, x0: Tensor) -> Tensor:
 
 def _onto_simplex(target: Tensor, dim: int) -> Tensor:
     """The nearest point with entries >= 0 and sum 1 (Held, Wolfe and Crowder 1974)."""
+    target = target - target.amax(dim, keepdim=True)  # the same point; no large sums
     ordered = target.movedim(dim, -1).sort(dim=-1, descending=True).values
     ranks = torch.arange(1, ordered.shape[-1] + 1, device=target.device)
     thresholds = (ordered.cumsum(-1) - 1) / ranks

@@ -1,11 +1,13 @@
 """The nearest logits that classify correctly: where reverse propagation begins."""
 
+import sys
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from fmce_ops.errors import ReverseError
+from fmce_ops.reverse.checks import described, is_plain
 
 
 def nearest_logits(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
@@ -40,6 +42,7 @@ def nearest_logits(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tenso
         return logits.clone()
     own = labels.long()[:, None]
     wide = logits.double()
+    margin = float(margin)
     violation = wide + margin - wide.gather(1, own)
     violation.scatter_(1, own, -torch.inf)
     rise = _rise(violation)
@@ -51,8 +54,8 @@ def nearest_logits(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tenso
 def _finite(nearest: Tensor, margin: float) -> Tensor:
     if not nearest.isfinite().all():
         raise ReverseError(
-            f"the nearest logits for a margin of {margin} overflow {nearest.dtype}: give a smaller "
-            "margin."
+            f"the nearest logits for a margin of {margin} overflow {nearest.dtype}: give smaller "
+            "logits or a smaller margin."
         )
     return nearest
 
@@ -68,10 +71,10 @@ def _rise(violation: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+    if not is_plain(logits) or not is_plain(labels):
         raise ReverseError(
-            f"the logits are a {type(logits).__name__} and the labels a {type(labels).__name__}: "
-            "give tensors."
+            f"the logits are {described(logits)} and the labels {described(labels)}: "
+            "give dense tensors."
         )
     if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
         raise ReverseError(
@@ -84,7 +87,7 @@ def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
             f"give one integer for each of the {len(logits)} rows of logits."
         )
     number = isinstance(margin, Real) and not isinstance(margin, bool)
-    if not number or not 0 <= margin < float("inf"):
+    if not number or not 0 <= margin <= sys.float_info.max:
         raise ReverseError(f"the margin is {margin!r}: give a finite number that is not negative.")
     if not logits.isfinite().all():
         raise ReverseError("the logits hold NaN or Inf: find out which module made them.")

@@ -26,8 +26,9 @@ _RELUS_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients for parameters, nothing in place; all as before afterwards."""
-    training = [(part, part.training) for part in module.modules()]
-    inplace = [part for part in module.modules() if getattr(part, "inplace", False) is True]
+    plain = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    training = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
+    inplace = [part for part in plain if getattr(part, "inplace", False) is True]
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         module.eval()
