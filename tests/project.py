@@ -75,6 +75,13 @@ def fmce_ops(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(words, code, stdout, stderr)
 
 
+def in_two_processes(stage: str) -> list[str]:
+    """The command that runs a stage so."""
+    words = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
+    script = Path(sys.executable).parent / "fmce-ops"
+    return [*words, "--main-port", str(free_port()), str(script), stage]
+
+
 def _run(folder: Path, words: list[str], printed: list[Path]) -> None:
     """In the new process."""
     for number, path in enumerate([Path(os.devnull), *printed]):

@@ -1,7 +1,6 @@
 """Stages that are killed go on, end with the same bytes, and are one run in MLflow."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -20,7 +19,7 @@ from tests.project import (
     copy_project,
     environment,
     fmce_ops,
-    free_port,
+    in_two_processes,
     new_project,
     write_params,
 )
@@ -177,14 +176,11 @@ def test_two_processes_that_are_killed_go_on_to_the_results_of_one(
     fmce_ops(folder, "posttrain")
     results = [folder / "results" / name for name in ("posttrain.json", "posttrain.csv")]
     alone = [file.read_bytes() for file in results]
-    script = shutil.which("fmce-ops", path=environment()["PATH"])
-    words = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
-    words += ["--main-port", str(free_port()), str(script), "posttrain"]
     for text in ("targets of conv5 1/", "posttrain 2/6"):
-        process = start(folder, *words)
+        process = start(folder, *in_two_processes("posttrain"))
         until(process, text)
         end(process)
-    command(folder, *words)
+    command(folder, *in_two_processes("posttrain"))
     assert [file.read_bytes() for file in results] == alone
 
 

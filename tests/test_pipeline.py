@@ -15,7 +15,7 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
-from tests.project import SMALL, command, copy_project, fmce_ops, free_port, write_params
+from tests.project import SMALL, command, copy_project, fmce_ops, in_two_processes, write_params
 
 STAGES = ["prepare", "train", "markers", "features", "fmce", "posttrain", "pathways"]
 STAGES += ["study@one", "study@two", "maturity", "report"]
@@ -240,12 +240,6 @@ def test_runs_and_report_say_which_weights_of_posttrain_are_kept(project: Path) 
         assert f"{low:+.2f} to {high:+.2f}" in page
 
 
-def in_two_processes(project: Path, stage: str) -> None:
-    fabric = ["fabric", "run", "--accelerator", "cpu", "--strategy", "ddp", "--devices", "2"]
-    port = ["--main-port", str(free_port())]
-    command(project, *fabric, *port, str(Path(sys.executable).parent / "fmce-ops"), stage)
-
-
 def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     copy: Path,
 ) -> None:
@@ -258,7 +252,7 @@ def test_changing_posttrain_runs_only_it_and_report_in_any_number_of_processes(
     for name in facts["targets"]:
         fmce_ops(copy, "shards", "verify", f"data/targets/{name}/outputs")
     assert_chosen_on_validation(copy)
-    in_two_processes(copy, "posttrain")
+    command(copy, *in_two_processes("posttrain"))
     assert json.loads((copy / "results/posttrain.json").read_text()) == facts
     early, late = (facts["targets"][name]["reversed"] for name in ("stage3..stage4", "conv5"))
     assert (list(early), list(late)) == (["conv5", "head"], ["head"])
@@ -307,7 +301,7 @@ def test_pathways_has_a_child_run_for_each_training_with_its_costs(project: Path
 
 
 def test_pathways_trains_in_two_processes(copy: Path) -> None:
-    in_two_processes(copy, "pathways")
+    command(copy, *in_two_processes("pathways"))
     parent = runs(copy, "pathways")[0]
     children = [
         run
