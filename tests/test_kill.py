@@ -78,10 +78,13 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 def until(process: subprocess.Popen[str], text: str) -> None:
     """Read what the process prints until a line holds ``text``."""
     assert process.stdout is not None
+    printed = []
     for line in process.stdout:
+        printed.append(line)
         if text in line:
             return
-    raise AssertionError(f"the process ended before it printed {text!r}")
+    told = "".join(printed[-20:])
+    raise AssertionError(f"{process.args} ended before it printed {text!r}:\n{told}")
 
 
 def once(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
@@ -92,8 +95,12 @@ def once(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill the process and all that it has started, also what has a group of its own."""
-    every = [*psutil.Process(process.pid).children(recursive=True), process]
+    """Kill the process and all that it has started, also what has a group of its own.
+
+    The process first: DVC rewrites its lock in place as soon as a stage has ended, and a kill in
+    between leaves it empty (docs/pipeline.md).
+    """
+    every = [process, *psutil.Process(process.pid).children(recursive=True)]
     for one in every:
         one.kill()
     for one in every:
@@ -124,6 +131,7 @@ def test_sigkill_at_many_points_costs_nothing(undisturbed: dict[str, str], tmp_p
         ("Running stage 'prepare'", 1.5),
         ("train 1/6", 0.0),
         ("train 3/6", 0.1),
+        ("train 6/6", 0.0),
         ("Running stage 'markers'", 6.0),
         ("features 2/", 0.0),
         ("fmce 1/3", 0.0),

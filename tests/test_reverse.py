@@ -523,12 +523,44 @@ class Once(torch.autograd.Function):
             lambda x: ops.deform_conv2d(x[..., None], x.new_zeros(len(x), 2, 2, 1), DEFORMED),
             "takes its derivative for constant",
         ),
+        (lambda x: x.round() + 0 * x, "takes its derivative for 0"),
+        (lambda x: x.sign() + 0 * x, "takes its derivative for 0"),
+        (lambda x: 2 * x.detach() + 0 * x, "takes its derivative for 0"),
     ],
 )
 def test_modules_without_usable_derivatives_are_refused(forward, says):
     shape = (3, 2, 2, 1) if "constant" in says else (3, 2, 2)
     with pytest.raises(ReverseError, match=f"Bad .*{says}"):
         reverse(Bad(forward), torch.rand(shape), torch.rand(3, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_modules_are_refused(dtype, samples):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    module = torch.ao.quantization.quantize_dynamic(layers, {nn.Linear}, dtype=dtype)
+    x0 = torch.randn(samples, 8)
+    with pytest.raises(ReverseError, match=r"^Sequential "):
+        reverse(module, module(x0) + 1, x0)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: 0 * x + 1,
+        lambda x: (x - 9).relu(),
+        lambda x: F.hardtanh(x + 9),
+        lambda x: F.hardtanh(x + 9) if (x.abs() < 3).all() else {}["far"],
+        lambda x: torch.sigmoid(-1e4 * x.square() - 200),
+    ],
+)
+def test_what_is_flat_around_the_input_alone_is_no_step(forward):
+    x0 = torch.rand(3, 4) + 0.1
+    module = Bad(forward)
+    found = reverse(module, module(x0) + 1, x0)
+    assert set(found.status.tolist()) == {Status.NEAREST} and torch.equal(found.x, x0)
 
 
 @pytest.mark.parametrize(

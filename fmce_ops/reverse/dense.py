@@ -41,20 +41,19 @@ def dense_step(module: Any, x0: Tensor, difference: Tensor, damping: Tensor) -> 
     `Linear` and 1x1 convolutions are one matrix for all positions, other convolutions a matrix for
     each of their groups; any other map is a matrix of all its inputs and outputs.
     """
-    rows = difference.double()
     if _is_pointwise(module) and _fits(*_weight(module).shape[1:]):
         if type(module) is nn.Linear:
-            rows = rows.reshape(len(x0), 1, -1, rows.shape[-1])
+            rows = difference.reshape(len(x0), 1, -1, difference.shape[-1])
             return (
                 _factors(module, None, x0.dtype, x0.device).solve(rows, damping).reshape(x0.shape)
             )
-        return _at_every_position(module, x0, rows, damping)
+        return _at_every_position(module, x0, difference, damping)
     groups = _groups(module)
-    side = max(x0[0].numel(), rows[0].numel()) // groups
+    side = max(x0[0].numel(), difference[0].numel()) // groups
     if groups * side**3 > _MOST**3:
         return None
     factors = _factors(module, x0.shape[1:], x0.dtype, x0.device)
-    return factors.solve(rows.reshape(len(x0), groups, 1, -1), damping).reshape(x0.shape)
+    return factors.solve(difference.reshape(len(x0), groups, 1, -1), damping).reshape(x0.shape)
 
 
 def forget_factors() -> None:

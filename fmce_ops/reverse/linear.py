@@ -82,20 +82,22 @@ class _System:
 
 
 def linear_step(
-    module: nn.Module, x0: Tensor, difference: Tensor, damping: Tensor, precision: float
+    module: nn.Module, x0: Tensor, target: Tensor, damping: Tensor, precision: float
 ) -> Step:
-    """argmin |A d - difference|^2 + damping^2 |d|^2 of least norm, A the module without its bias.
+    """argmin |f(x0 + d) - target|^2 + damping^2 |d|^2 of least norm, f linear up to its bias.
 
-    Batch norm is divided channel by channel, a map of up to about a thousand inputs and outputs is
-    factored, everything else is solved by products and refined with residuals in float64.
+    What is missing at x0 is taken in float64: the rounding of an output, however small, comes back
+    as large as the map is badly conditioned. Batch norm is divided channel by channel, a map of up
+    to about a thousand inputs and outputs is factored, everything else is solved by products and
+    refined with residuals in float64.
 
     Parameters
     ----------
-    x0 : (n, ...) any input, for its shape and type.
-    difference : (n, ...) target minus output.
+    x0, target : (n, ...) and (n, ...).
     damping : (n,).
     precision : relative error of d that is good enough.
     """
+    difference = target.double() - _widened(module)(x0.double())
     none = torch.zeros_like(damping, dtype=torch.long)
     if type(module) in _NORMS:
         return Step(_divided(module, difference, damping), none, ~none.bool())
@@ -111,7 +113,7 @@ def _divided(norm: Any, difference: Tensor, damping: Tensor) -> Tensor:
         scale = scale * norm.weight.double()
     weak = scale.abs() <= torch.finfo(difference.dtype).eps * scale.abs().amax()
     scale = scale.masked_fill(weak, 0).view(1, -1, *[1] * (difference.ndim - 2))
-    inverse = scale / (scale.square() + spread(damping, difference.double()).square())
+    inverse = scale / (scale.square() + spread(damping, difference).square())
     return difference * torch.where(scale == 0, 0, inverse)
 
 
@@ -124,17 +126,15 @@ def _refined(
     cheap = Linearised(module, x0)
     twin = twin_of(module, x0, difference, bool((damping > 0).all()))
     if twin:
-        system = _System(cheap, cheap, difference.double(), damping, precision)
+        system = _System(cheap, cheap, difference, damping, precision)
         _by_twin(system, twin, found)
     elif x0.dtype != torch.float64:
-        exact = _widened(module, x0)
-        _by_products(
-            _System(cheap, exact, difference.double(), damping, precision), found, _ITERATIONS
-        )
+        exact = Linearised(_widened(module), x0.double())
+        _by_products(_System(cheap, exact, difference, damping, precision), found, _ITERATIONS)
     rows = (~found.finished).nonzero()[:, 0]
     if len(rows):
-        exact = _widened(module, x0[rows])
-        system = _System(exact, exact, difference[rows].double(), damping[rows], precision)
+        exact = Linearised(_widened(module), x0[rows].double())
+        system = _System(exact, exact, difference[rows], damping[rows], precision)
         part = _better_than_nothing(system, found, rows)
         coarse = precision > 1e-5  # a start for the search, which is not worth thousands
         _by_products(system, part, _ITERATIONS if coarse else _PATIENCE)
@@ -143,8 +143,8 @@ def _refined(
     return found
 
 
-def _widened(module: nn.Module, x0: Tensor) -> Linearised:
-    return Linearised(copy.deepcopy(module).double(), x0.double())
+def _widened(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).double()
 
 
 def _better_than_nothing(system: _System, found: Step, rows: Tensor) -> Step:

@@ -14,10 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fmce_ops.errors import ReverseError
-from fmce_ops.reverse.checks import culprit
+from fmce_ops.reverse.checks import culprit, first_line
 from fmce_ops.reverse.relus import Rectifier, Relus
 from fmce_ops.reverse.solver import norms
 
+_SAME = 1e-5  # part of the largest output that rounding may change
+_HALVINGS = 20  # of a path, to find where an output leaves what it was
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu}
 _RELUS_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
@@ -175,21 +177,59 @@ class Linearised:
 def check_derivatives(module: nn.Module, x: Tensor) -> None:
     """Refuse a module whose products cannot be made at x, (n, ...), or do not fit each other."""
     try:
-        linearised = Linearised(module, x)
-        value = linearised.output.value
-        pulled = linearised.pull(torch.linspace(-1, 1, value.numel()).to(value).view_as(value))
+        here = Linearised(module, x)
+        pulled = _generic_pull(here)
         size = pulled.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)  # its square may be 0
-        pushed = linearised.push(pulled / size)
+        pushed = here.push(pulled / size)
         if pulled.any() and not pushed.any():  # J J^T u is not 0 where J^T u is not
             raise RuntimeError("autograd takes its derivative for constant")
+        if not pulled.any() and _steps(module, x, here.output.value):
+            raise RuntimeError("its output changes, and autograd takes its derivative for 0")
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
-        reason = str(error).strip().split("\n")[0]
         raise ReverseError(
-            f"{type(module).__name__} has no derivatives to search by ({reason}): only modules "
-            "that autograd differentiates twice, or once and in forward mode, can be reversed."
+            f"{type(module).__name__} has no derivatives to search by ({first_line(error)}): only "
+            "modules that autograd differentiates twice, or once and in forward mode, can be "
+            "reversed."
         ) from error
+
+
+def _generic_pull(linearised: Linearised) -> Tensor:
+    return linearised.pull(_wave(linearised.output.value))
+
+
+def _wave(like: Tensor) -> Tensor:
+    """Numbers that cancel out for no module, of the shape of ``like``."""
+    count = torch.arange(like.numel(), device=like.device)
+    return count.to(like.dtype).cos().view_as(like)
+
+
+def _steps(module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether the output has no derivative even where it leaves y, what it is around x.
+
+    So it is with steps (rounding, signs) and with what autograd takes for constant (quantised
+    weights); units at rest that wake, and clipped values that come free, have a derivative there.
+    """
+    rms = x.square().mean().sqrt()
+    path = 2 * _wave(x) * torch.where(rms > 0, rms, 1)
+
+    def changed(part: float) -> bool:
+        try:
+            change = (module(x + part * path) - y).abs().amax()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # it takes no such input, so nothing is known
+            return False
+        return bool(change > _SAME * y.abs().amax())
+
+    if not changed(1.0):
+        return False
+    inside, outside = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if changed(middle) else (middle, outside)
+    return not _generic_pull(Linearised(module, x + outside * path)).any()
 
 
 def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:

@@ -76,8 +76,7 @@ def _precision(x0: Tensor) -> float:
 def _linear(
     module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor, precision: float
 ) -> Known:
-    difference = target.double() - module(x0.clone()).double()
-    found = linear_step(module, x0, difference, damping, precision)
+    found = linear_step(module, x0, target, damping, precision)
     return Known((x0 + found.step).to(x0.dtype), found.iterations, found.finished)
 
 
