@@ -45,7 +45,7 @@ RESULTS = [
 ]
 
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture
