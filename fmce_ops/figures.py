@@ -175,13 +175,15 @@ def _picture(axis: Axes, picture: NDArray[np.uint8], title: str) -> None:
     axis.set_axis_off()
 
 
-def arms_figure(accuracies: Mapping[str, Sequence[float]], gains: Mapping[str, Interval]) -> Figure:
+def arms_figure(
+    accuracies: Mapping[str, Sequence[float]], gains: Mapping[str, Mapping[str, Interval]]
+) -> Figure:
     """Test accuracy of every arm and seed, and what the targets gain over each control.
 
     Parameters
     ----------
     accuracies : arm -> one value for each seed.
-    gains : control -> paired difference to it.
+    gains : control -> split (test and val) -> paired difference to it.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     names = list(accuracies)
@@ -192,13 +194,17 @@ def arms_figure(accuracies: Mapping[str, Sequence[float]], gains: Mapping[str, I
     left.set_xticks(range(len(names)), names)
     left.set(title="Test accuracy of each seed, and the mean", ylabel="%")
     left.margins(x=0.2)
-    for place, interval in enumerate(gains.values()):
-        right.plot(100 * interval.mean, place, "o", color=_SMOOTH)
-        if interval.low is not None and interval.high is not None:
-            right.hlines(place, 100 * interval.low, 100 * interval.high, color=_SMOOTH)
+    for split, color, shift in (("test", _SMOOTH, 0.12), ("val", _RAW, -0.12)):
+        for place, splits in enumerate(gains.values()):
+            interval, label = splits[split], None if place else split
+            right.plot(100 * interval.mean, place + shift, "o", color=color, label=label)
+            if interval.low is not None and interval.high is not None:
+                ends = 100 * interval.low, 100 * interval.high
+                right.hlines(place + shift, *ends, color=color)
+    right.legend()
     right.axvline(0, color=_MARK, linestyle="--", linewidth=0.8)
     right.set_yticks(range(len(gains)), [f"over {name}" for name in gains])
-    right.set(title="Gain of frp, 95 % interval", xlabel="percentage points of test accuracy")
+    right.set(title="Gain of frp, 95 % interval", xlabel="percentage points of accuracy")
     right.margins(y=0.3)
     for axis in (left, right):
         axis.grid(alpha=0.25)

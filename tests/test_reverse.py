@@ -513,6 +513,19 @@ class Once(torch.autograd.Function):
         return 2 * grad
 
 
+class Torn(torch.autograd.Function):
+    """sin x, whose derivative is taken for constant in its argument, and has no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.detach() * ctx.saved_tensors[0].cos()
+
+
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
@@ -526,6 +539,7 @@ class Once(torch.autograd.Function):
         (lambda x: x.round() + 0 * x, "takes its derivative for 0"),
         (lambda x: x.sign() + 0 * x, "takes its derivative for 0"),
         (lambda x: 2 * x.detach() + 0 * x, "takes its derivative for 0"),
+        (lambda x: 0.1 * x + Torn.apply(x), "second derivatives do not fit"),
     ],
 )
 def test_modules_without_usable_derivatives_are_refused(forward, says):
@@ -578,6 +592,22 @@ def test_what_a_module_refuses_on_the_way_is_told_in_a_sentence(forward, says):
     torch.manual_seed(0)
     with pytest.raises(ReverseError, match=f"^Bad took x0, and failed .*{says}.*: give a smaller"):
         reverse(Bad(forward), torch.randn(3, 4) * 9, torch.rand(3, 4) * 0.8 + 0.1)
+
+
+def test_underflow_is_not_taken_for_a_step():
+    x0 = torch.tensor([[-300.0] * 5 + [-110.0], [0.0] * 6])
+    found = reverse(Bad(torch.exp), torch.full((2, 6), 0.4), x0)
+    assert found.status.tolist() == [Status.NEAREST, Status.REACHED]
+
+
+def test_an_answer_at_the_bound_is_called_damped():
+    torch.manual_seed(5)
+    layers = [nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8)]
+    module, x0 = nn.Sequential(*layers), torch.rand(8, 32)
+    target = module(x0).detach() + torch.randn(8, 8)
+    found = reverse(module, target, x0, max_iterations=500)
+    bound = found.change > 9.99
+    assert bound.any() and (found.status[bound] != Status.NEAREST).all()
 
 
 def test_tiny_weights_are_not_taken_for_a_derivative_that_is_missing():

@@ -1,5 +1,8 @@
 """Linear maps backwards: against dense least squares on the explicit matrix."""
 
+import copy
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +109,35 @@ def test_a_linear_map_of_hundreds_of_features_is_factored(dtype):
     result = reverse(module, wanted, x0)
     assert result.iterations.tolist() == [0, 0]
     assert deviation(module, x0, wanted, result) < GOAL[dtype]
+
+
+@pytest.mark.parametrize("size", [8, 40])  # factored, and by products
+def test_a_module_that_cannot_be_copied_is_solved_all_the_same(size):
+    torch.manual_seed(0)
+    module = nn.Conv2d(4, 3, 3)
+    module.lock = threading.Lock()
+    weight = module.weight * 2  # made by another network, say
+    del module.weight
+    module.weight = weight
+    x0 = torch.randn(2, 4, size, size)
+    wanted = target(module, x0, reachable=True)
+    result = reverse(module, wanted, x0)
+    assert (result.status == Status.REACHED).all() and result.residual.max() < 1e-5
+    assert module.weight is weight and module.bias.dtype == torch.float32
+
+
+def test_hooks_on_the_state_do_not_keep_the_bias_in_the_matrix():
+    module = prepared(nn.Conv2d(3, 4, 3, padding=1), torch.float32)
+    before = copy.deepcopy(module.state_dict())
+
+    def copied(module, state, prefix, metadata):
+        state.update({name: value.clone() for name, value in state.items()})
+
+    module.register_state_dict_post_hook(copied)
+    x0 = torch.randn(2, 3, 6, 6)
+    wanted = target(module, x0, reachable=True)
+    assert deviation(module, x0, wanted, reverse(module, wanted, x0)) < GOAL[torch.float32]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_a_bias_drowns_no_weight():

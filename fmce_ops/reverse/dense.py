@@ -1,12 +1,13 @@
 """Small linear maps: one singular value decomposition answers every sample."""
 
-import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fmce_ops.reverse.wide import widened
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LEAST, _MOST = 512, 1024  # sides of a matrix that is factored; above, products are cheaper
@@ -112,10 +113,11 @@ def _factors(
 
 def _matrix(module: nn.Module, shape: torch.Size, device: torch.device) -> Tensor:
     """(groups, outputs, inputs) from the images of unit vectors, the same in every group."""
-    wide = copy.deepcopy(module).double()
-    for place, value in wide.state_dict().items():
-        if place.endswith(("bias", "running_mean")):  # what is constant; weights may be tiny to it
-            value.zero_()
+    wide = widened(module)
+    for part in wide.modules():
+        for name in ("bias", "running_mean"):  # what is constant; weights may be tiny to it
+            if (constant := getattr(part, name, None)) is not None:
+                constant.zero_()
     groups = _groups(module)
     inputs = shape.numel() // groups
     units = torch.eye(inputs, dtype=torch.float64, device=device).repeat(1, groups)

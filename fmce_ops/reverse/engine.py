@@ -28,6 +28,7 @@ from fmce_ops.reverse.shortcuts import Known, chain, shortcut
 from fmce_ops.reverse.solver import each, norms
 
 _SLICE = 2**22  # elements of inputs and targets that are worked on at a time
+_AT_BOUND = 0.999  # part of max_change at which an answer is held by it
 _ROUNDING = 32  # outputs that differ by so many units in the last place are the same
 
 
@@ -290,6 +291,7 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     status[search.stationary] = Status.NEAREST
     status[search.distance <= problem.goal] = Status.REACHED
     change = norms(search.x - problem.x0) / size
+    status[(status == Status.NEAREST) & (change >= _AT_BOUND * settings.max_change)] = Status.DAMPED
     sound = (search.distance <= gap) & gap.isfinite() & (change <= settings.max_change)
     status[~sound] = Status.KEPT
     x = search.x.where(each(sound, search.x), problem.x0)

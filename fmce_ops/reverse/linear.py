@@ -1,6 +1,5 @@
 """Linear maps: the least-norm least-squares step, to the precision of the data type."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from fmce_ops.reverse.circulant import Twin, preconditioned, twin_of
 from fmce_ops.reverse.dense import dense_step
 from fmce_ops.reverse.products import Linearised
 from fmce_ops.reverse.solver import each, least_squares, norms, spread
+from fmce_ops.reverse.wide import widened
 
 TRIVIAL = {nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
 _NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
@@ -97,7 +97,7 @@ def linear_step(
     damping : (n,).
     precision : relative error of d that is good enough.
     """
-    difference = target.double() - _widened(module)(x0.double())
+    difference = target.double() - widened(module)(x0.double())
     none = torch.zeros_like(damping, dtype=torch.long)
     if type(module) in _NORMS:
         return Step(_divided(module, difference, damping), none, ~none.bool())
@@ -129,11 +129,11 @@ def _refined(
         system = _System(cheap, cheap, difference, damping, precision)
         _by_twin(system, twin, found)
     elif x0.dtype != torch.float64:
-        exact = Linearised(_widened(module), x0.double())
+        exact = Linearised(widened(module), x0.double())
         _by_products(_System(cheap, exact, difference, damping, precision), found, _ITERATIONS)
     rows = (~found.finished).nonzero()[:, 0]
     if len(rows):
-        exact = Linearised(_widened(module), x0[rows].double())
+        exact = Linearised(widened(module), x0[rows].double())
         system = _System(exact, exact, difference[rows], damping[rows], precision)
         part = _better_than_nothing(system, found, rows)
         coarse = precision > 1e-5  # a start for the search, which is not worth thousands
@@ -141,10 +141,6 @@ def _refined(
         for name, column in vars(found).items():
             column[rows] = getattr(part, name)
     return found
-
-
-def _widened(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).double()
 
 
 def _better_than_nothing(system: _System, found: Step, rows: Tensor) -> Step:

@@ -19,6 +19,7 @@ from fmce_ops.reverse.relus import Rectifier, Relus
 from fmce_ops.reverse.solver import norms
 
 _SAME = 1e-5  # part of the largest output that rounding may change
+_APART = 1e-2  # part of an inner product that rounding may change
 _HALVINGS = 20  # of a path, to find where an output leaves what it was
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu}
@@ -180,9 +181,13 @@ def check_derivatives(module: nn.Module, x: Tensor) -> None:
         here = Linearised(module, x)
         pulled = _generic_pull(here)
         size = pulled.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)  # its square may be 0
-        pushed = here.push(pulled / size)
+        seed = pulled / size
+        pushed = here.push(seed)
         if pulled.any() and not pushed.any():  # J J^T u is not 0 where J^T u is not
             raise RuntimeError("autograd takes its derivative for constant")
+        back, forth = _inner(pulled, seed), _inner(_wave(pushed), pushed)
+        if (back - forth).abs() > _APART * back:  # |J^T u|^2 / size
+            raise RuntimeError("its second derivatives do not fit its first ones")
         if not pulled.any() and _steps(module, x, here.output.value):
             raise RuntimeError("its output changes, and autograd takes its derivative for 0")
     except torch.OutOfMemoryError:
@@ -199,6 +204,10 @@ def _generic_pull(linearised: Linearised) -> Tensor:
     return linearised.pull(_wave(linearised.output.value))
 
 
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() * b.double()).sum()
+
+
 def _wave(like: Tensor) -> Tensor:
     """Numbers that cancel out for no module, of the shape of ``like``."""
     count = torch.arange(like.numel(), device=like.device)
@@ -213,6 +222,7 @@ def _steps(module: nn.Module, x: Tensor, y: Tensor) -> bool:
     """
     rms = x.square().mean().sqrt()
     path = 2 * _wave(x) * torch.where(rms > 0, rms, 1)
+    least = torch.finfo(x.dtype).tiny / torch.finfo(x.dtype).eps  # of which a part is no 0
 
     def changed(part: float) -> bool:
         try:
@@ -221,7 +231,7 @@ def _steps(module: nn.Module, x: Tensor, y: Tensor) -> bool:
             raise
         except Exception:  # it takes no such input, so nothing is known
             return False
-        return bool(change > _SAME * y.abs().amax())
+        return bool(change > (_SAME * y.abs().amax()).clamp(min=least))
 
     if not changed(1.0):
         return False

@@ -16,7 +16,7 @@ class Status(IntEnum):
     NEAREST = 2
     """No input near x is known to bring the output nearer to the target."""
     DAMPED = 3
-    """The answer broke a bound; this one is held near x0 by Tikhonov damping."""
+    """The answer broke a bound; this one is held near x0 by damping, or ends at the bound."""
     KEPT = 4
     """Nothing within the bounds is better than x0, which is returned."""
     UNFINISHED = 5

@@ -35,7 +35,7 @@ def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

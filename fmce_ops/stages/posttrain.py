@@ -262,7 +262,10 @@ def _publish(
     write_json(METRICS, summary)
     write_table(TABLE, _rows(study, histories))
     tests = {arm: _accuracies(found, "test") for arm, found in by_arm.items()}
-    intervals = {control: Interval(**found["test"]) for control, found in gains.items()}
+    intervals = {
+        control: {split: Interval(**interval) for split, interval in found.items()}
+        for control, found in gains.items()
+    }
     stage.figure(arms_figure(tests, intervals), "arms.png")
     for old in (RESULTS / stage.name).glob("targets-*.png"):  # of other spans, perhaps
         old.unlink()
