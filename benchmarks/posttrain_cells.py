@@ -88,6 +88,12 @@ def simple_cnn(classes: int, side: int) -> Network:
     return Network(body, nn.Linear(128, classes))
 
 
+def simple_cnn_maps(classes: int, side: int) -> Network:
+    """The same with its boundary behind the convolutions: the head has a hidden layer."""
+    made = simple_cnn(classes, side)
+    return Network(nn.Sequential(*made.body[:-3]), nn.Sequential(*made.body[-3:], made.head))
+
+
 def shufflenet(classes: int, side: int) -> Network:
     """ShuffleNet V2 x0.5 with the small stem."""
     found = build("shufflenet_v2_x0_5", classes, stem="small", in_size=side)
@@ -115,6 +121,7 @@ def resnet18_full(classes: int, side: int) -> Network:
 
 NETWORKS = {
     "simple_cnn": simple_cnn,
+    "simple_cnn_maps": simple_cnn_maps,
     "shufflenet": shufflenet,
     "resnet18": resnet18,
     "resnet18_full": resnet18_full,
@@ -176,9 +183,13 @@ def arms(
         corrected = nearest_logits(source, labels, margin)
         return torch.lerp(corrected, class_means(source, labels, right), share)
 
+    def back(target: Tensor) -> Tensor:
+        """The features that make the logits of the target."""
+        parts = zip(target.split(AT_ONCE), features.split(AT_ONCE), strict=True)
+        return torch.cat([reverse(network.head, *part).x for part in parts])
+
     nearest = nearest_logits(logits, labels, 1.0)
-    parts = zip(nearest.split(AT_ONCE), features.split(AT_ONCE), strict=True)
-    pushed = torch.cat([reverse(network.head, target, x0).x for target, x0 in parts])
+    pushed = back(nearest)
     means = class_means(features, labels, logits.argmax(1) == labels)
     doubt = 1 - logits.softmax(1).gather(1, labels[:, None])[:, 0]
     return {
@@ -194,6 +205,7 @@ def arms(
         "drawn, soft, weighted by doubt": Arm(soft, drawn(logits), 0.5 + doubt / doubt.mean()),
         "features of the nearest, mixed": Arm(mixed, pushed),
         "features drawn to the class mean, mixed": Arm(mixed, torch.lerp(pushed, means, 0.5)),
+        "features of the drawn logits, mixed": Arm(mixed, back(drawn(logits))),
         "held-out folds, uncorrected, soft": Arm(soft, folds),
         "held-out folds, drawn, soft": Arm(soft, drawn(folds)),
         "mean of earlier checkpoints, uncorrected, soft": Arm(soft, earlier),

@@ -64,6 +64,7 @@ def test_where_nothing_is_near_the_known_keys_are_listed(tmp_path):
         ("train", "epochs", 0),
         ("train", "points_per_epoch", 0),
         ("train", "batch_size", -1),
+        ("posttrain", "batch_size", 2**31),
         ("train", "lr", 0),
         ("train", "lr", math.inf),
         ("train", "lr", math.nan),
