@@ -47,11 +47,13 @@ def descend(problem: Problem, search: Search, max_iterations: int, reach: Tensor
 
 def _down(problem: Problem, search: Search, limit: Tensor, reach: Tensor) -> None:
     """Gauss-Newton, and L-BFGS from where it ends if it came nearer."""
-    before = search.distance.clone()
-    gauss_newton(problem, search, limit.clamp(max=_FIRST))
+    if problem.products:
+        before = search.distance.clone()
+        gauss_newton(problem, search, limit.clamp(max=_FIRST))
+        limit = torch.where(search.distance < before, limit, search.iterations)
     within = norms(search.x - problem.x0) <= reach
     held = replace(problem, bound=torch.where(within, reach, problem.bound).minimum(problem.bound))
-    _walk(held, search, torch.where(search.distance < before, limit, search.iterations))
+    _walk(held, search, limit)
 
 
 def _walk(problem: Problem, search: Search, limit: Tensor) -> None:

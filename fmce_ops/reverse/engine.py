@@ -22,7 +22,7 @@ from fmce_ops.reverse.descent import descend
 from fmce_ops.reverse.linear import is_linear
 from fmce_ops.reverse.pooling import POOLINGS
 from fmce_ops.reverse.problem import Problem, Search
-from fmce_ops.reverse.products import check_derivatives, frozen
+from fmce_ops.reverse.products import frozen, has_products
 from fmce_ops.reverse.result import Propagation, Reversal, Status
 from fmce_ops.reverse.shortcuts import Known, chain, shortcut
 from fmce_ops.reverse.solver import each, norms
@@ -60,7 +60,8 @@ def reverse(
     common activations, pooling, normalisation and Sequentials of these have closed forms or direct
     solves; everything else is answered by damped Gauss-Newton, which finds the nearest point
     downhill of x0; with more than 500 iterations L-BFGS goes on from there, units that ReLUs hold
-    at rest are woken where it ends short, and the search is begun anew beside x0.
+    at rest are woken where it ends short, and the search is begun anew beside x0. A module that
+    autograd differentiates only once, and not in forward mode, is left to L-BFGS from the start.
 
     Parameters
     ----------
@@ -283,7 +284,7 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     search = _start(settings, problem, gap)
     answered = settings.shortcuts and is_linear(problem.module)  # nothing is better, good or bad
     if not answered and not search.stationary.all():
-        check_derivatives(problem.module, problem.x0[:1])
+        problem = replace(problem, products=has_products(problem.module, problem.x0[:1]))
         descend(problem, search, settings.max_iterations, settings.max_change * size)
         if settings.shortcuts:
             _chained(settings, problem, search, size)

@@ -1,6 +1,6 @@
 """What a search for the input is asked, and where it stands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ class Problem:
     Attributes
     ----------
     damping, goal, bound : (n,); |x - x0| stays within the last.
+    products : whether the Jacobian's products are to be had from both sides, or J^T u alone.
     """
 
     module: nn.Module
@@ -22,10 +23,11 @@ class Problem:
     damping: Tensor
     goal: Tensor
     bound: Tensor
+    products: bool = True
 
     def take(self, rows: Tensor) -> "Problem":
-        columns = self.target, self.x0, self.damping, self.goal, self.bound
-        return Problem(self.module, *(column[rows] for column in columns))
+        columns = "target", "x0", "damping", "goal", "bound"
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
     def merit(self, rest: Tensor, x: Tensor) -> Tensor:
         """(n,) what Gauss-Newton lowers: what is missing to the target, and the damped change."""

@@ -22,6 +22,7 @@ _SAME = 1e-5  # part of the largest output that rounding may change
 _APART = 1e-2  # part of an inner product that rounding may change
 _HALVINGS = 20  # of a path, to find where an output leaves what it was
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu}
 _RELUS_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
 
@@ -120,13 +121,6 @@ class Linearised:
         with torch.enable_grad():
             self.output = output_of(module, self._x, relus)
             self._y, self.rest = self._before(self.output)
-        if not self._y.requires_grad:
-            with torch.enable_grad():
-                name, _ = culprit(module, self._x, lambda made: made.requires_grad)
-            raise ReverseError(
-                f"{name} returned a tensor that no gradient comes back from: "
-                "only differentiable modules can be reversed."
-            )
         self._pulled: tuple[Tensor, Tensor] | None = None  # a vector, and J^T of it with its graph
 
     def _before(self, made: Output) -> tuple[Tensor, Tensor]:
@@ -175,33 +169,65 @@ class Linearised:
         return torch.zeros_like(self._y) if tangent is None else tangent
 
 
-def check_derivatives(module: nn.Module, x: Tensor) -> None:
-    """Refuse a module whose products cannot be made at x, (n, ...), or do not fit each other."""
+def has_products(module: nn.Module, x: Tensor) -> bool:
+    """Whether J v can be had at x, (n, ...), beside J^T u; refuse a module without that."""
+    pulled = _fitting(module, x)
+    if pulled is None or not pulled.any():
+        _check_gradient(module, x)
+    return pulled is not None
+
+
+def _fitting(module: nn.Module, x: Tensor) -> Tensor | None:
+    """J^T u for some u, or None where there is no J v, or none that fits it."""
     try:
         here = Linearised(module, x)
-        pulled = _generic_pull(here)
+        u = _wave(here.output.value)
+        pulled = here.pull(u)
         size = pulled.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)  # its square may be 0
         seed = pulled / size
-        pushed = here.push(seed)
-        if pulled.any() and not pushed.any():  # J J^T u is not 0 where J^T u is not
-            raise RuntimeError("autograd takes its derivative for constant")
-        back, forth = _inner(pulled, seed), _inner(_wave(pushed), pushed)
-        if (back - forth).abs() > _APART * back:  # |J^T u|^2 / size
-            raise RuntimeError("its second derivatives do not fit its first ones")
-        if not pulled.any() and _steps(module, x, here.output.value):
+        back, forth = _inner(pulled, seed), _inner(u, here.push(seed))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return None
+    return pulled if (back - forth).abs() <= _APART * back else None
+
+
+def _check_gradient(module: nn.Module, x: Tensor) -> None:
+    try:
+        y, pulled = _generic_pull(module, x)
+        if not pulled.any() and _steps(module, x, y):
             raise RuntimeError("its output changes, and autograd takes its derivative for 0")
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+    except (RuntimeError, TypeError) as error:
         raise ReverseError(
-            f"{type(module).__name__} has no derivatives to search by ({first_line(error)}): only "
-            "modules that autograd differentiates twice, or once and in forward mode, can be "
-            "reversed."
+            f"{type(module).__name__} has no derivative to search by ({first_line(error)}): only "
+            "modules that autograd differentiates can be reversed."
         ) from error
 
 
-def _generic_pull(linearised: Linearised) -> Tensor:
-    return linearised.pull(_wave(linearised.output.value))
+def _generic_pull(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the module makes of x, and J^T u for some u."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        y = output_of(module, leaf).value
+        if not y.requires_grad:
+            name, _ = culprit(module, leaf, lambda made: made.requires_grad)
+            raise ReverseError(
+                f"{name} returned a tensor that no gradient comes back from: "
+                "only differentiable modules can be reversed."
+            )
+    return y.detach(), gradient(y, leaf, _wave(y))
+
+
+def gradient(y: Tensor, leaf: Tensor, u: Tensor) -> Tensor:
+    """J^T u, (n, ...), where y was made of ``leaf``."""
+    try:
+        return _gradient(y, leaf, u)
+    except RuntimeError:  # a checkpoint may know no way back but this
+        y.backward(u)
+        return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -239,7 +265,7 @@ def _steps(module: nn.Module, x: Tensor, y: Tensor) -> bool:
     for _ in range(_HALVINGS):
         middle = (inside + outside) / 2
         inside, outside = (inside, middle) if changed(middle) else (middle, outside)
-    return not _generic_pull(Linearised(module, x + outside * path)).any()
+    return not _generic_pull(module, x + outside * path)[1].any()
 
 
 def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
@@ -284,6 +310,9 @@ class _Rewritten(TorchFunctionMode):
             return self._batch_norm(*args, **given)
         if func in _CONVOLUTIONS:
             return self._convolve(func, *args, **given)
+        if func in _RECURRENT:  # cuDNN's have no derivative in eval mode, and no second one
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **given)
         return func(*args, **given)
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:

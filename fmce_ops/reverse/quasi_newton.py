@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fmce_ops.reverse.problem import Problem, Search
-from fmce_ops.reverse.products import output_of
+from fmce_ops.reverse.products import gradient, output_of
 from fmce_ops.reverse.solver import norms, spread
 
 _PAIRS = 20
@@ -87,10 +87,10 @@ def _evaluate(problem: Problem, x: Tensor) -> _Point:
     with torch.enable_grad():
         output = output_of(problem.module, leaf)
         rest = output.rest(problem.target)
-    gradient = -torch.autograd.grad(output.value, leaf, rest.detach())[0]
-    gradient = gradient + spread(problem.damping.square(), x) * (x - problem.x0)
+    uphill = spread(problem.damping.square(), x) * (x - problem.x0)
+    uphill = uphill - gradient(output.value, leaf, rest.detach())
     value = problem.merit(rest.detach(), x).square() / 2
-    return _Point(x, value, gradient, output.distance(problem.target).detach())
+    return _Point(x, value, uphill, output.distance(problem.target).detach())
 
 
 def _direction(point: _Point, pairs: deque[_Pair]) -> Tensor:

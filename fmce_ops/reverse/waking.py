@@ -32,7 +32,7 @@ def wake(problem: Problem, search: Search, limit: Tensor, share: Tensor) -> Tens
     -------
     (n,) which samples moved; the others have no such units, or would leave the bound.
     """
-    masks = _wanted(problem, search.x, share)
+    masks = _wanted(problem, search.x, share) if problem.products else []
     if not any(mask.any() for mask in masks):
         return torch.zeros_like(search.stationary)
     relus = Raised(masks, len(search.x))
