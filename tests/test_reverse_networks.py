@@ -9,6 +9,10 @@ from reverse_networks import NETWORKS, study
 QUICK = 250  # iterations in which some stages reach what they can make; the others take thousands
 SLOW = {"resnet18", "resnext50_32x4d", "wide_resnet50_2", "inception_v3", "regnet_y_400mf"}
 SLOW |= {"swin_v2_t", "squeezenet1_1", "maxvit_t"}
+# stages that end in a ReLU, with as many inputs as outputs or more
+RECTIFIED = {"resnet18", "resnext50_32x4d", "wide_resnet50_2", "regnet_y_400mf"}
+RECTIFIED |= {"inception_v3", "squeezenet1_1"}
+FREE = {"maxvit_t", "convnext_tiny", "vit_b_32", "swin_t", "swin_v2_t", "alexnet", "vgg11_bn"}
 TRAINED = ["mobilenet_v3_small", "shufflenet_v2_x0_5"]
 
 
@@ -25,12 +29,22 @@ def check(answers: dict[str, Reversal]) -> None:
         assert stuck <= {Status.KEPT, Status.NEAREST}  # a head of zeros knows no better input
 
 
+def check_asked(name: str, answers: dict[str, Reversal]) -> None:
+    """What most heads ask for, no input of the stage makes."""
+    asked, size = answers["head"].x.flatten(1), answers["stage"].x[0].numel()
+    if name in RECTIFIED:
+        assert (asked.amin(1) < -0.01 * asked.square().mean(1).sqrt()).all()
+    else:
+        assert (size < asked.shape[1]) == (name not in FREE)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_family_gets_a_bounded_answer_with_its_status(name):
     _, answers = study(name, steps=0, heads=4, few=4, many=8 if name in SLOW else QUICK)
     check(answers)
     reached = answers["stage, reachable"].status == Status.REACHED
     assert reached.all() or name in SLOW
+    check_asked(name, answers)
 
 
 @pytest.mark.parametrize("name", TRAINED)
