@@ -1,5 +1,8 @@
 """The reverse step: nearest logits, any module, bounds, errors, whole networks."""
 
+from collections import deque
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -535,9 +539,11 @@ class Torn(torch.autograd.Function):
         (lambda x: {}["missing"], "cannot take an input"),
         (lambda x: x.round() + 0 * x, "takes its derivative for 0"),
         (lambda x: x.sign() + 0 * x, "takes its derivative for 0"),
+        (lambda x: checkpoint(torch.sinh, x, use_reentrant=True), "incompatible with .grad"),
         (lambda x: 2 * x.detach() + 0 * x, "takes its derivative for 0"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_modules_without_usable_derivatives_are_refused(forward, says):
     with pytest.raises(ReverseError, match=f"Bad .*{says}"):
         reverse(Bad(forward), torch.rand(3, 2, 2), torch.rand(3, 2, 2))
@@ -545,6 +551,24 @@ def test_modules_without_usable_derivatives_are_refused(forward, says):
 
 def deformed(x):
     return ops.deform_conv2d(x, torch.tanh(x[:, :1]).expand(-1, 2, -1, -1), DEFORMED)
+
+
+class Strict(torch.autograd.Function):
+    """3 x, whose derivative asks not to be differentiated, in a way of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise ValueError
+        return 3 * grad
+
+
+def strict(x):
+    return Strict.apply(x / 6).tanh()
 
 
 def pooled(x):
@@ -559,10 +583,9 @@ def pooled(x):
         deformed,
         lambda x: x + deformed(x),
         pooled,
-        lambda x: checkpoint(torch.sinh, x, use_reentrant=True),
+        strict,
     ],
 )
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_modules_that_can_be_differentiated_only_once_are_answered(forward):
     torch.manual_seed(0)
     module, x0 = Bad(forward), torch.randn(3, 2, 4, 4)
@@ -582,6 +605,72 @@ def test_a_linear_map_of_one_derivative_is_answered_by_the_least_change():
     found = reverse(module, target, x0, max_iterations=200, tolerance=1e-12)
     least = torch.linalg.lstsq(2 * half, (target - 2 * x0 @ half.T).T).solution.T
     assert torch.allclose(found.x - x0, least, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 5)],
+        [nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 2, 1)],
+        [nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)],
+    ],
+)
+def test_checkpoints_change_nothing_but_the_memory(layers, hooked):
+    torch.manual_seed(0)
+    plain, x0 = nn.Sequential(*layers).eval(), torch.randn(4, 3, 6)
+    module = Bad(lambda x: checkpoint(plain, x, use_reentrant=False))
+    target = plain(x0 + 0.1 * torch.randn_like(x0)).detach()
+    with saved_tensors_hooks(lambda x: x, lambda x: x) if hooked else nullcontext():
+        found = reverse(module, target, x0, max_iterations=300)
+    assert (found.status == Status.REACHED).all()
+    u, jacobian = torch.randn_like(target), Linearised(module, x0)
+    expected = torch.autograd.functional.vjp(plain, x0, u)[1]
+    assert torch.allclose(jacobian.pull(u), expected, atol=1e-5)
+
+
+def test_hooks_on_the_way_back_are_left_out_and_kept():
+    torch.manual_seed(0)
+    conv, x0, target = (
+        nn.Conv2d(8, 4, 3, stride=2),
+        torch.randn(2, 8, 9, 9),
+        torch.randn(2, 4, 4, 4),
+    )
+    plain = reverse(conv, target, x0)
+    seen = []
+    conv.register_full_backward_hook(lambda module, into, out: seen.append(0) or (into[0] * 2,))
+    conv.register_full_backward_pre_hook(lambda module, out: (-out[0],))
+    assert torch.equal(reverse(conv, target, x0).x, plain.x) and not seen
+    conv(x0.requires_grad_()).sum().backward()
+    assert seen
+
+
+def test_a_module_that_draws_is_refused_alone_too():
+    module = Bad(lambda x: F.dropout(x.tanh(), 0.5, True))
+    with pytest.raises(ReverseError, match="always alike"):
+        reverse(module, torch.ones(1, 32), torch.rand(1, 32))
+
+
+def test_a_module_without_its_base_is_refused():
+    class Hollow(nn.Module):
+        def __init__(self):
+            pass
+
+    with pytest.raises(ReverseError, match="Hollow was made without its base"):
+        reverse(Hollow(), torch.ones(1, 3), torch.ones(1, 3))
+
+
+def test_propagate_takes_what_can_be_listed():
+    torch.manual_seed(0)
+    layers, x0 = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 4)
+    between, target = layers[0](x0).detach(), torch.randn(2, 2)
+    expected = propagate(list(layers), target, [x0, between])
+    found = propagate(layers, target, deque([x0, between]))
+    assert torch.equal(found.targets[0], expected.targets[0])
+    with pytest.raises(ReverseError, match="input of Linear is int"):
+        propagate(layers, target, {0: x0, 1: between})
+    with pytest.raises(ReverseError, match=r"^damping is -1"):
+        propagate(layers, target, [x0, between], damping=-1)
 
 
 class Outer(TorchFunctionMode):

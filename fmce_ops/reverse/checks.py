@@ -73,6 +73,10 @@ def check_module(module: nn.Module, x0: Tensor) -> None:
     """Refuse what ties the samples of a batch to one another, and weights that are not finite."""
     if not isinstance(module, nn.Module):
         raise ReverseError(f"a {type(module).__name__} is not a module: wrap it in an nn.Module.")
+    if "_parameters" not in vars(module):
+        raise ReverseError(
+            f"{type(module).__name__} was made without its base: call super().__init__() first."
+        )
     _check_batched(module, x0)
     _check_weights(module)
     for part in module.modules():
@@ -196,17 +200,15 @@ def _tried(module: nn.Module, x: Tensor) -> object:
 
 
 def check_apart(module: nn.Module, x0: Tensor, y: Tensor) -> None:
-    """Refuse a module that makes of a sample by itself something else than in the batch.
+    """Refuse a module that makes of a sample by itself something else than in the batch, or again.
 
     Parameters
     ----------
     x0, y : (n, ...) and (n, ...), what the module makes of it.
     """
-    if len(x0) < 2:
-        return
-    # What reads the samples before its own leaves the first as it is, but not the last.
     _check_alone(module, x0[:1], y[:1], len(x0))
-    _check_alone(module, x0[-1:], y[-1:], len(x0))
+    if len(x0) > 1:  # what reads the samples before its own leaves the first as it is
+        _check_alone(module, x0[-1:], y[-1:], len(x0))
 
 
 def _check_alone(module: nn.Module, x: Tensor, y: Tensor, count: int) -> None:

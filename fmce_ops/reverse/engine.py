@@ -61,7 +61,8 @@ def reverse(
     solves; everything else is answered by damped Gauss-Newton, which finds the nearest point
     downhill of x0; with more than 500 iterations L-BFGS goes on from there, units that ReLUs hold
     at rest are woken where it ends short, and the search is begun anew beside x0. A module that
-    autograd differentiates only once, and not in forward mode, is left to L-BFGS from the start.
+    autograd differentiates only once, and not in forward mode, or wrongly the second time, is left
+    to L-BFGS from the start, and its units at rest are not woken.
 
     Parameters
     ----------
@@ -75,7 +76,8 @@ def reverse(
         Sequential, is searched with comes on top, as many each. Linear maps take what they need.
     tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
         precision of the data type whatever it is.
-    max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one.
+    max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one, and
+        L-BFGS keeps within it.
 
     Raises
     ------
@@ -146,6 +148,8 @@ def propagate(
     for what, given in (("modules", modules), ("activations", activations)):
         if not (hasattr(given, "__len__") and hasattr(given, "__iter__")):
             raise ReverseError(f"the {what} are a {type(given).__name__}: give a list of them.")
+    modules, activations = list(modules), list(activations)
+    check_settings(damping, max_iterations, tolerance, max_change)
     if not modules or len(modules) != len(activations):
         raise ReverseError(
             f"there are {len(modules)} modules and {len(activations)} activations: "

@@ -76,6 +76,11 @@ def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
             f"the logits are {described(logits)} and the labels {described(labels)}: "
             "give dense tensors."
         )
+    if logits.device != labels.device:
+        raise ReverseError(
+            f"the logits are on {logits.device} and the labels on {labels.device}: "
+            "give both in one place."
+        )
     if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
         raise ReverseError(
             f"the logits are {tuple(logits.shape)} of {logits.dtype}: give (N, K) floats."

@@ -1,5 +1,6 @@
 """A module at a point: its value and the products of its Jacobian with vectors."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -21,6 +23,8 @@ from fmce_ops.reverse.solver import norms
 _SAME = 1e-5  # part of the largest output that rounding may change
 _APART = 1e-2  # part of an inner product that rounding may change
 _HALVINGS = 20  # of a path, to find where an output leaves what it was
+_BACKWARD_HOOKS = "_backward_hooks", "_backward_pre_hooks"
+_CHECKPOINTED = "the module keeps what it needs for its derivative in a way of its own"
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu}
@@ -29,21 +33,29 @@ _RELUS_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients for parameters, nothing in place; all as before afterwards."""
+    """Eval mode, nothing in place, no gradients for parameters, no hooks on those of the others.
+
+    All is as before afterwards.
+    """
     plain = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     training = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     inplace = [part for part in plain if getattr(part, "inplace", False) is True]
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    hooks = [(part, name, getattr(part, name)) for part in plain for name in _BACKWARD_HOOKS]
     try:
         module.eval()
         _set_learning(learning, False)
         _set_inplace(inplace, False)
+        for part, name, _ in hooks:
+            setattr(part, name, OrderedDict())
         yield
     finally:
         for part, mode in training:
             part.training = mode
         _set_learning(learning, True)
         _set_inplace(inplace, True)
+        for part, name, own in hooks:
+            setattr(part, name, own)
 
 
 def _set_learning(parameters: list[nn.Parameter], value: bool) -> None:
@@ -81,9 +93,22 @@ class Output:
 
 
 def output_of(module: nn.Module, x: Tensor, relus: Rectifier | None = None) -> Output:
-    """Run the module on (n, ...) with the derivatives that `Linearised` needs."""
-    with sdpa_kernel(SDPBackend.MATH), _Rewritten(relus) as rewritten:
-        y = module(x.clone())  # its first operation may be in place
+    """Run the module on (n, ...) with the derivatives that `Linearised` needs.
+
+    A module with checkpoints has its own: they run it again, where nothing is rewritten.
+    """
+    with torch.enable_grad():  # a checkpoint is none without
+        try:
+            with (
+                disable_saved_tensors_hooks(_CHECKPOINTED),
+                sdpa_kernel(SDPBackend.MATH),
+                _Rewritten(relus) as rewritten,
+            ):
+                y = module(x.clone())  # its first operation may be in place
+        except RuntimeError as error:
+            if str(error) != _CHECKPOINTED:
+                raise
+            return Output(module(x.clone()), None, 0)
     return Output(y, rewritten.entry if rewritten.exit is y else None, rewritten.rectified)
 
 
@@ -144,12 +169,12 @@ class Linearised:
         """J^T u: (n, ...) of the output -> (n, ...) of the input."""
         if self._pulled is None:
             return self._first(u)[1].detach()
-        return _gradient(self._y, self._x, u)
+        return gradient(self._y, self._x, u)
 
     def _first(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The first J^T u, whose graph every ``push`` is the derivative of, whatever u is."""
         seed = u.detach().clone().requires_grad_()
-        self._pulled = seed, _gradient(self._y, self._x, seed, create_graph=True)
+        self._pulled = seed, gradient(self._y, self._x, seed, create_graph=True)
         return self._pulled
 
     def push(self, v: Tensor) -> Tensor:
@@ -188,7 +213,7 @@ def _fitting(module: nn.Module, x: Tensor) -> Tensor | None:
         back, forth = _inner(pulled, seed), _inner(u, here.push(seed))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+    except Exception:  # whatever the module's own code makes of it
         return None
     return pulled if (back - forth).abs() <= _APART * back else None
 
@@ -198,9 +223,9 @@ def _check_gradient(module: nn.Module, x: Tensor) -> None:
         y, pulled = _generic_pull(module, x)
         if not pulled.any() and _steps(module, x, y):
             raise RuntimeError("its output changes, and autograd takes its derivative for 0")
-    except torch.OutOfMemoryError:
+    except (ReverseError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # whatever the module's own code makes of it
         raise ReverseError(
             f"{type(module).__name__} has no derivative to search by ({first_line(error)}): only "
             "modules that autograd differentiates can be reversed."
@@ -219,15 +244,6 @@ def _generic_pull(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
                 "only differentiable modules can be reversed."
             )
     return y.detach(), gradient(y, leaf, _wave(y))
-
-
-def gradient(y: Tensor, leaf: Tensor, u: Tensor) -> Tensor:
-    """J^T u, (n, ...), where y was made of ``leaf``."""
-    try:
-        return _gradient(y, leaf, u)
-    except RuntimeError:  # a checkpoint may know no way back but this
-        y.backward(u)
-        return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -268,7 +284,8 @@ def _steps(module: nn.Module, x: Tensor, y: Tensor) -> bool:
     return not _generic_pull(module, x + outside * path)[1].any()
 
 
-def _gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
+def gradient(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
+    """J^T u, (n, ...), where y was made of x."""
     found = _derivative(y, x, u, create_graph)
     return torch.zeros_like(x) if found is None else found
 

@@ -1,4 +1,4 @@
-"""L-BFGS, batched: the way down where the linearised problem is too badly conditioned to solve."""
+"""L-BFGS, batched: the way down where the linearised problem is badly conditioned, or unknown."""
 
 from collections import deque
 from dataclasses import dataclass

@@ -18,9 +18,9 @@ class Status(IntEnum):
     DAMPED = 3
     """The answer broke a bound; this one is held near x0 by damping, or ends at the bound."""
     KEPT = 4
-    """Nothing within the bounds is better than x0, which is returned."""
+    """Nothing better than x0 was found within the bounds, so that is returned."""
     UNFINISHED = 5
-    """The iterations ran out while the output was still coming nearer; better than x0."""
+    """The iterations ran out while the output was still coming nearer, or before it was."""
 
 
 @dataclass(frozen=True)
