@@ -631,11 +631,8 @@ def test_checkpoints_change_nothing_but_the_memory(layers, hooked):
 
 def test_hooks_on_the_way_back_are_left_out_and_kept():
     torch.manual_seed(0)
-    conv, x0, target = (
-        nn.Conv2d(8, 4, 3, stride=2),
-        torch.randn(2, 8, 9, 9),
-        torch.randn(2, 4, 4, 4),
-    )
+    conv, x0 = nn.Conv2d(8, 4, 3, stride=2), torch.randn(2, 8, 9, 9)
+    target = torch.randn(2, 4, 4, 4)
     plain = reverse(conv, target, x0)
     seen = []
     conv.register_full_backward_hook(lambda module, into, out: seen.append(0) or (into[0] * 2,))

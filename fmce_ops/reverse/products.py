@@ -33,7 +33,7 @@ _RELUS_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode, nothing in place, no gradients for parameters, no hooks on those of the others.
+    """Eval mode, nothing in place, no gradients for parameters, no hooks on the way back.
 
     All is as before afterwards.
     """
@@ -93,7 +93,7 @@ class Output:
 
 
 def output_of(module: nn.Module, x: Tensor, relus: Rectifier | None = None) -> Output:
-    """Run the module on (n, ...) with the derivatives that `Linearised` needs.
+    """Run the module on (n, ...), with a graph, and the derivatives that `Linearised` needs.
 
     A module with checkpoints has its own: they run it again, where nothing is rewritten.
     """
@@ -235,14 +235,14 @@ def _check_gradient(module: nn.Module, x: Tensor) -> None:
 def _generic_pull(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the module makes of x, and J^T u for some u."""
     leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        y = output_of(module, leaf).value
-        if not y.requires_grad:
+    y = output_of(module, leaf).value
+    if not y.requires_grad:
+        with torch.enable_grad():
             name, _ = culprit(module, leaf, lambda made: made.requires_grad)
-            raise ReverseError(
-                f"{name} returned a tensor that no gradient comes back from: "
-                "only differentiable modules can be reversed."
-            )
+        raise ReverseError(
+            f"{name} returned a tensor that no gradient comes back from: "
+            "only differentiable modules can be reversed."
+        )
     return y.detach(), gradient(y, leaf, _wave(y))
 
 

@@ -84,9 +84,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _evaluate(problem: Problem, x: Tensor) -> _Point:
     leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        output = output_of(problem.module, leaf)
-        rest = output.rest(problem.target)
+    output = output_of(problem.module, leaf)
+    rest = output.rest(problem.target)
     uphill = spread(problem.damping.square(), x) * (x - problem.x0)
     uphill = uphill - gradient(output.value, leaf, rest.detach())
     value = problem.merit(rest.detach(), x).square() / 2

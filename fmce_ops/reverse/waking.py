@@ -55,7 +55,6 @@ def wake(problem: Problem, search: Search, limit: Tensor, share: Tensor) -> Tens
 def _wanted(problem: Problem, x: Tensor, share: Tensor) -> list[Tensor]:
     """The units of each ReLU that rest near their kinks and should be larger."""
     relus, leaf = Wanted(torch.full_like(share, _NEAR)), x.clone().requires_grad_()
-    with torch.enable_grad():
-        output = output_of(problem.module, leaf, relus)
+    output = output_of(problem.module, leaf, relus)
     torch.autograd.grad(output.value, leaf, -output.rest(problem.target).detach())
     return relus.masks(share)
