@@ -2,11 +2,12 @@
 
 python benchmarks/reverse_networks.py            # prints the table
 python benchmarks/reverse_networks.py --write    # keeps it in benchmarks/reverse_networks.md
-python benchmarks/reverse_networks.py --only resnet18 vit_b_32    # prints the rows of some
+python benchmarks/reverse_networks.py --write --only resnet18 vit_b_32    # the rows of some
 """
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,11 +21,15 @@ from torchvision import models
 
 from machine import commit, processor
 
+TABLE = Path(__file__).with_suffix(".md")
 CLASSES = 10
 BATCH = 2
 STEPS, PER_STEP, TRAINED_ON, TESTED_ON = 60, 32, 1000, 200  # steps and images of the training
 STATISTICS = 64  # images that batch norm takes its statistics from, trained or not
 HEADS, ITERATIONS, MANY = 500, 100, 20000
+# Their last stage has as many inputs as outputs or more and ends in no ReLU: what the head asks of
+# it, it may be able to make, and is given as many iterations as where it is known to be.
+FREE = {"maxvit_t", "convnext_tiny", "vit_b_32", "swin_t", "swin_v2_t", "alexnet", "vgg11_bn"}
 PROCESSES = 2  # networks that are studied side by side
 NOISE = 0.05  # of the norm of the stage's input
 # image side, submodule of the last stage
@@ -68,22 +73,37 @@ class Rest(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--write", action="store_true", help="keep the table beside this file")
-    which.add_argument("--only", nargs="*", help="names of networks")
+    parser.add_argument("--write", action="store_true", help="keep the table beside this file")
+    parser.add_argument("--only", nargs="*", choices=NETWORKS, help="names of networks")
     options = parser.parse_args()
-    made_by = f"{processor()}, torch {torch.__version__}, commit {commit()}"
+    wanted = options.only or list(NETWORKS)
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as processes:
+        found = dict(zip(wanted, processes.map(rows, wanted), strict=True))
+    if options.write:
+        write_text(TABLE, page({**kept_rows(), **found}))
+
+
+def kept_rows() -> dict[str, list[str]]:
+    """The lines of the table as it is, by network."""
+    kept: dict[str, list[str]] = {}
+    for line in TABLE.read_text().splitlines() if TABLE.exists() else []:
+        kept.setdefault(line.removeprefix("| ").split(" | ")[0], []).append(line)
+    return kept
+
+
+def page(found: dict[str, list[str]]) -> str:
     lines = [
         "# Reverse steps through torchvision's families",
         "",
         f"scikit-learn's digits, enlarged; batch {BATCH}; weights random, or after {STEPS} steps "
         f"of {PER_STEP} images, behind them the share of {TESTED_ON} other images that the "
         "network reads right. Median and worst sample of those that needed a change. Made with "
-        f"`python benchmarks/reverse_networks.py --write`, on {made_by}.",
+        "`python benchmarks/reverse_networks.py --write`, or with `--only NETWORK` behind it.",
         "",
         f"- `head`: target the nearest correct logits, margin 1, at most {HEADS} iterations.",
         "- `stage`: target what the head asked for, whether or not the stage can make it, at most "
-        f"{ITERATIONS} iterations.",
+        f"{ITERATIONS} iterations, {MANY} where neither ReLUs nor sizes stand against it "
+        f"({', '.join(name for name in NETWORKS if name in FREE)}).",
         f"- `stage, reachable`: target what the stage makes of its input and {NOISE:.0%} of noise, "
         f"so that there is an answer; at most {MANY} iterations.",
         "",
@@ -91,24 +111,22 @@ def main() -> None:
         "by part besides; its iterations are added to the others. Linear stages take what they "
         "need.",
         "",
-        "| network | weights | boundary | residual | change | iterations | status |",
-        "|---|---|---|---|---|---|---|",
+        "| network | weights | boundary | residual | change | iterations | status | made by |",
+        "|---|---|---|---|---|---|---|---|",
+        *chain.from_iterable(found[name] for name in NETWORKS if name in found),
     ]
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as processes:
-        for found in processes.map(rows, options.only or NETWORKS):
-            lines += found
-    if options.write:
-        write_text(Path(__file__).with_suffix(".md"), "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def rows(name: str) -> list[str]:
     """The lines of the table about a network."""
     torch.set_num_threads(1)
-    lines = []
+    lines, origin = [], f"{commit()}, {processor()}, torch {torch.__version__}"
     for weights, steps in {"random": 0, "trained": STEPS}.items():
-        accuracy, answers = study(name, steps)
+        accuracy, answers = study(name, steps, few=MANY if name in FREE else ITERATIONS)
         for boundary, found in answers.items():
-            lines.append(table_row(f"{name} | {weights}, {accuracy:.2f} | {boundary}", found))
+            cells = f"{name} | {weights}, {accuracy:.2f} | {boundary}"
+            lines.append(f"{table_row(cells, found)} {origin} |")
             print(lines[-1], flush=True)
     return lines
 

@@ -303,6 +303,36 @@ def test_starts_beside_are_the_same_every_time():
     assert torch.equal(once.x, again.x) and torch.equal(once.iterations, again.iterations)
 
 
+class Residual(nn.Module):
+    """Adds something of fixed length to its input, so that there is nothing that it cannot make."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.change = nn.Sequential(
+            nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size), nn.LayerNorm(size)
+        )
+
+    def forward(self, x):
+        return x + self.change(x)
+
+
+class AsOne(nn.Sequential):
+    """No plain Sequential, so that it is not walked block by block."""
+
+
+def test_what_residual_blocks_hide_from_one_another_is_found_block_by_block():
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Residual(64), Residual(64)).eval()
+    x0 = 0.3 * torch.randn(8, 64)
+    target = blocks(x0).detach() + 0.5 * torch.randn(8, 64)
+    found = reverse(blocks, target, x0, max_iterations=501)
+    assert (found.status == Status.REACHED).all()
+    gap = (target - blocks(x0)).norm(dim=1)
+    assert ((blocks(found.x) - target).norm(dim=1) <= 1e-3 * gap).all()
+    as_one = reverse(AsOne(*blocks), target, x0, max_iterations=501)
+    assert not (as_one.status == Status.REACHED).any()
+
+
 class Resting(nn.Module):
     """Two inputs to two outputs by way of a ReLU each, the second one shifted by .02."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fmce_ops.reverse import Reversal, Status
 
-from reverse_networks import NETWORKS, study
+from reverse_networks import FREE, NETWORKS, study
 
 QUICK = 250  # iterations in which some stages reach what they can make; the others take thousands
 SLOW = {"resnet18", "resnext50_32x4d", "wide_resnet50_2", "inception_v3", "regnet_y_400mf"}
@@ -12,7 +12,6 @@ SLOW |= {"swin_v2_t", "squeezenet1_1", "maxvit_t"}
 # stages that end in a ReLU, with as many inputs as outputs or more
 RECTIFIED = {"resnet18", "resnext50_32x4d", "wide_resnet50_2", "regnet_y_400mf"}
 RECTIFIED |= {"inception_v3", "squeezenet1_1"}
-FREE = {"maxvit_t", "convnext_tiny", "vit_b_32", "swin_t", "swin_v2_t", "alexnet", "vgg11_bn"}
 TRAINED = ["mobilenet_v3_small", "shufflenet_v2_x0_5"]
 
 

@@ -11,7 +11,7 @@ from fmce_ops.reverse.quasi_newton import lbfgs
 from fmce_ops.reverse.solver import norms, spread
 from fmce_ops.reverse.waking import wake
 
-_FIRST = 500  # iterations of Gauss-Newton before L-BFGS goes on
+FIRST = 500  # iterations of Gauss-Newton before L-BFGS goes on
 _STRETCH = 700  # iterations of L-BFGS before units at rest are woken
 _WORTH = 0.03  # part of the distance that a stretch must take, for another like it to follow
 _SHARES = (0.5, 0.0)  # of what the most wanted unit is wanted, to be woken, at first and later
@@ -26,21 +26,17 @@ def descend(problem: Problem, search: Search, max_iterations: int, reach: Tensor
     conditioned; L-BFGS is not. Both end in local minima. So where more iterations are given than
     Gauss-Newton gets at once, units at rest are woken by force, see `wake`, as long as that brings
     L-BFGS nearer: those that are wanted most, and where that is not enough all that are wanted.
-    Then the search is begun anew from points beside x0. The best answer is kept.
 
     Parameters
     ----------
-    max_iterations : of all together, for each sample, beside those that ``search`` comes with.
+    max_iterations : for each sample, beside those that ``search`` comes with.
     reach : (n,) how far from x0 an answer is of use; what is within it is never left.
     """
     rows = ((search.distance > problem.goal) & ~search.stationary).nonzero()[:, 0]
-    here, own, reach = problem.take(rows), search.take(rows), reach[rows]
+    own = search.take(rows)
     own.iterations.zero_()
     limit = torch.full_like(own.iterations, max_iterations)
-    _down(here, own, limit, reach)
-    if max_iterations > _FIRST:
-        held = replace(here, bound=torch.minimum(here.bound, reach))
-        _start_anew(held, own, limit)
+    _down(problem.take(rows), own, limit, reach[rows])
     own.iterations += search.iterations[rows]
     search.put(rows, own)
 
@@ -49,7 +45,7 @@ def _down(problem: Problem, search: Search, limit: Tensor, reach: Tensor) -> Non
     """Gauss-Newton, and L-BFGS from where it ends if it came nearer."""
     if problem.products:
         before = search.distance.clone()
-        gauss_newton(problem, search, limit.clamp(max=_FIRST))
+        gauss_newton(problem, search, limit.clamp(max=FIRST))
         limit = torch.where(search.distance < before, limit, search.iterations)
     within = norms(search.x - problem.x0) <= reach
     held = replace(problem, bound=torch.where(within, reach, problem.bound).minimum(problem.bound))
@@ -72,7 +68,7 @@ def _walk(problem: Problem, search: Search, limit: Tensor) -> None:
         walker.put(poor.nonzero()[:, 0], search.take(rows[poor]))
         share[poor] = _SHARES[1]
         rows, walker, share = rows[going], walker.take(going), share[going]
-        if not len(rows) or int(limit.max()) <= _FIRST:
+        if not len(rows) or int(limit.max()) <= FIRST:
             return
         moved = wake(problem.take(rows), walker, limit[rows], share)
         search.iterations[rows] = walker.iterations
@@ -80,14 +76,20 @@ def _walk(problem: Problem, search: Search, limit: Tensor) -> None:
         rows, walker, share = rows[going], walker.take(going), share[going]
 
 
-def _start_anew(problem: Problem, search: Search, limit: Tensor) -> None:
+def start_anew(problem: Problem, search: Search, left: Tensor, reach: Tensor) -> None:
     """Search from beside x0, too, while there are iterations left, and keep the best.
 
     The points beside are drawn from a seed of their own; but for the distance they are the same for
     every sample.
+
+    Parameters
+    ----------
+    left : (n,) iterations.
+    reach : (n,) how far from x0 an answer is of use.
     """
+    problem = replace(problem, bound=torch.minimum(problem.bound, reach))
     drawn = torch.Generator().manual_seed(0)
-    length = _BESIDE * norms(search.x - problem.x0)
+    length, limit = _BESIDE * norms(search.x - problem.x0), search.iterations + left
     for _ in range(_STARTS):
         short = (search.distance > problem.goal) & (search.iterations < limit)
         rows = (short & (length > 0)).nonzero()[:, 0]

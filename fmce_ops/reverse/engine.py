@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fmce_ops.reverse.checks import (
 )
 from fmce_ops.reverse.circulant import forget_twins
 from fmce_ops.reverse.dense import forget_factors
-from fmce_ops.reverse.descent import descend
+from fmce_ops.reverse.descent import FIRST, descend, start_anew
 from fmce_ops.reverse.linear import is_linear
 from fmce_ops.reverse.pooling import POOLINGS
 from fmce_ops.reverse.problem import Problem, Search
@@ -60,9 +61,10 @@ def reverse(
     common activations, pooling, normalisation and Sequentials of these have closed forms or direct
     solves; everything else is answered by damped Gauss-Newton, which finds the nearest point
     downhill of x0; with more than 500 iterations L-BFGS goes on from there, units that ReLUs hold
-    at rest are woken where it ends short, and the search is begun anew beside x0. A module that
-    autograd differentiates only once, and not in forward mode, or wrongly the second time, is left
-    to L-BFGS from the start, and its units at rest are not woken.
+    at rest are woken where it ends short, a Sequential is searched backwards part by part, and the
+    search is begun anew beside x0. A module that autograd differentiates only once, and not in
+    forward mode, or wrongly the second time, is left to L-BFGS from the start, and its units at
+    rest are not woken.
 
     Parameters
     ----------
@@ -72,8 +74,9 @@ def reverse(
     x0 : (N, ...) the input of the forward pass, float32 or float64.
     damping : Tikhonov weight of the change, in units of output per input.
     max_iterations : of the least-squares solver and of L-BFGS, over all starts, for each sample;
-        one costs about three forward passes. What a damped answer, or the way back through a
-        Sequential, is searched with comes on top, as many each. Linear maps take what they need.
+        one costs about three forward passes. What a damped answer is searched with, a part of a
+        Sequential, and what follows on its parts, comes on top, as many each. Linear maps take
+        what they need.
     tolerance : relative residual at which a target counts as reached. Linear maps are solved to the
         precision of the data type whatever it is.
     max_change : bound on |x - x0| / |x0|; an answer beyond it is replaced by a damped one, and
@@ -289,9 +292,14 @@ def _search(settings: Settings, problem: Problem, gap: Tensor, size: Tensor) -> 
     answered = settings.shortcuts and is_linear(problem.module)  # nothing is better, good or bad
     if not answered and not search.stationary.all():
         problem = replace(problem, products=has_products(problem.module, problem.x0[:1]))
-        descend(problem, search, settings.max_iterations, settings.max_change * size)
+        reach = settings.max_change * size
+        left = search.iterations + settings.max_iterations * ~search.stationary
+        descend(problem, search, settings.max_iterations, reach)
+        left -= search.iterations
         if settings.shortcuts:
-            _chained(settings, problem, search, size)
+            _chained(settings, problem, search, reach)
+        if settings.max_iterations > FIRST:
+            start_anew(problem, search, left, reach)
     status = torch.full_like(search.iterations, Status.UNFINISHED)
     status[search.stationary] = Status.NEAREST
     status[search.distance <= problem.goal] = Status.REACHED
@@ -325,23 +333,45 @@ def _start(settings: Settings, problem: Problem, gap: Tensor) -> Search:
     return search
 
 
-def _chained(settings: Settings, problem: Problem, search: Search, size: Tensor) -> None:
+def _chained(settings: Settings, problem: Problem, search: Search, reach: Tensor) -> None:
     """Samples that the search did not bring to the target get the chain's start, and go on."""
     rows = (search.distance > problem.goal).nonzero()[:, 0]
     if not len(rows) or problem.damping.any():
         return
     part = problem.take(rows)
-    known = chain(part.module, part.target, part.x0, settings.tolerance)
+    link = partial(_search_link, settings) if settings.max_iterations > FIRST else None
+    known = chain(part.module, part.target, part.x0, settings.tolerance, link)
     if known is None:
         return
-    within = norms(known.x - part.x0) <= settings.max_change * size[rows]
+    within = norms(known.x - part.x0) <= reach[rows]
     taken = _take(problem, search, rows[within], known.take(within))
     again = taken[search.distance[taken] > problem.goal[taken]]
     if len(again):
         second = search.take(again)
-        reach = settings.max_change * size[again]
-        descend(problem.take(again), second, settings.max_iterations, reach)
+        descend(problem.take(again), second, settings.max_iterations, reach[again])
         search.put(again, second)
+
+
+def _search_link(
+    settings: Settings, link: nn.Module, target: Tensor, own: Tensor, wanted: Tensor
+) -> Known:
+    """What the search finds for a part of a Sequential, for the samples that are wanted.
+
+    It starts at the target where the part keeps the shape: what ends short of it from ``own`` is
+    often a residual block that adds something bounded, whose answer lies about the target.
+    """
+    start = target if target.shape == own.shape else own
+    gap, distance = (norms(target - link(x.clone())) for x in (own, start))
+    none = torch.zeros_like(gap, dtype=torch.long)
+    unbounded = torch.full_like(gap, torch.inf)
+    goal = gap * settings.tolerance / 10
+    problem = Problem(link, target, own, torch.zeros_like(gap), goal, unbounded)
+    problem = replace(problem, products=has_products(link, own[:1]))
+    search = Search(start.clone(), distance, none, ~wanted)
+    descend(problem, search, settings.max_iterations, unbounded)
+    left = (settings.max_iterations - search.iterations) * wanted
+    start_anew(problem, search, left, unbounded)
+    return Known(search.x, search.iterations, search.distance <= settings.tolerance * gap)
 
 
 def _take(problem: Problem, search: Search, rows: Tensor, known: Known) -> Tensor:

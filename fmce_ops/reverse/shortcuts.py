@@ -1,6 +1,6 @@
 """Answers without a search: linear maps, closed forms, and chains of both."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,10 @@ class Known:
         return Known(self.x[rows], self.iterations[rows], self.finished[rows])
 
 
+# (link, target, its input, (n,) whether the sample is wanted) -> an answer
+LinkSearch = Callable[[nn.Module, Tensor, Tensor, Tensor], Known]
+
+
 def shortcut(module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor) -> Known | None:
     """The answer that is known without a search, or None.
 
@@ -45,14 +49,21 @@ def shortcut(module: nn.Module, target: Tensor, x0: Tensor, damping: Tensor) -> 
     return Known(inverse(links[0], target, x0), none, ~none.bool())
 
 
-def chain(module: nn.Module, target: Tensor, x0: Tensor, tolerance: float) -> Known | None:
+def chain(
+    module: nn.Module, target: Tensor, x0: Tensor, tolerance: float, search: LinkSearch | None
+) -> Known | None:
     """A Sequential backwards, from its last link to its first, or None where a link has no answer.
 
-    It needs no derivative and so gets past dead units and far targets, but takes the smallest
-    change of every link instead of the whole, and may fall short of the target.
+    It gets past dead units, far targets and what the links hide from one another, but takes the
+    change of every link instead of the smallest of the whole, and may fall short of the target.
+
+    Parameters
+    ----------
+    search : answers the links that have neither a closed form nor a direct solve.
     """
     links = list(_links(module))
-    if len(links) < 2 or not all(is_linear(link) or inverse_of(link) for link in links):
+    known = all(is_linear(link) or inverse_of(link) for link in links)
+    if len(links) < 2 or not (known or search):
         return None
     inputs = [x0]
     for link in links[:-1]:
@@ -63,9 +74,12 @@ def chain(module: nn.Module, target: Tensor, x0: Tensor, tolerance: float) -> Kn
         inverse = inverse_of(link)
         if inverse:
             target = inverse(link, target, own)
+            continue
+        if search and not is_linear(link):
+            answer = search(link, target, own, finished)
         else:
-            known = _linear(link, target, own, none, tolerance / 10)
-            target, count, finished = known.x, count + known.iterations, finished & known.finished
+            answer = _linear(link, target, own, none, tolerance / 10)
+        target, count, finished = answer.x, count + answer.iterations, finished & answer.finished
     return Known(target, count, finished)
 
 
