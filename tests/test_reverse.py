@@ -333,6 +333,31 @@ def test_what_residual_blocks_hide_from_one_another_is_found_block_by_block():
     assert not (as_one.status == Status.REACHED).any()
 
 
+def positive(x):
+    if (x <= 0).any():
+        raise ValueError("not positive")
+    return x.log().tanh()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (lambda x: (x, x), lambda pair: pair[0].tanh()),
+        (lambda x: 1 + x.square(), positive),
+        (lambda x: x.T, lambda x: x.T.tanh()),
+        (lambda x: x.tanh(), lambda x: x.atanh().tanh()),
+    ],
+    ids=["a pair between", "refuses what is tried", "ties samples together", "no number at first"],
+)
+def test_parts_that_cannot_be_reversed_by_themselves_are_no_harm(parts):
+    torch.manual_seed(0)
+    modules, x0 = [Bad(part) for part in parts], torch.randn(3, 3)
+    target = torch.tensor([[0.3, -0.2, 3.0]]).repeat(3, 1)  # the last is out of reach
+    found = reverse(nn.Sequential(*modules), target, x0, max_iterations=501)
+    as_one = reverse(AsOne(*modules), target, x0, max_iterations=501)
+    assert (found.residual <= as_one.residual + 1e-6).all() and (found.residual < 1).all()
+
+
 class Resting(nn.Module):
     """Two inputs to two outputs by way of a ReLU each, the second one shifted by .02."""
 

@@ -139,7 +139,7 @@ def made(module: nn.Module, x0: Tensor, target: Tensor, what: str = "the target"
             f"{name} cannot take an input {tuple(given.shape)} of {given.dtype}: give inputs of "
             f"its shape and type, or wrap it to take one tensor ({first_line(error)})."
         ) from error
-    _check_kind(module, x0, y)
+    check_kind(module, x0, y)
     if y.shape != target.shape:
         raise ReverseError(
             f"{type(module).__name__} returned {tuple(y.shape)} and {what} is "
@@ -148,7 +148,8 @@ def made(module: nn.Module, x0: Tensor, target: Tensor, what: str = "the target"
     return y
 
 
-def _check_kind(module: nn.Module, x0: Tensor, y: object) -> None:
+def check_kind(module: nn.Module, x0: Tensor, y: object) -> None:
+    """Refuse what is not one tensor of floats with as many samples as x0."""
     if not isinstance(y, Tensor):
         name, _ = culprit(module, x0)
         raise ReverseError(

@@ -340,7 +340,11 @@ def _chained(settings: Settings, problem: Problem, search: Search, reach: Tensor
         return
     part = problem.take(rows)
     link = partial(_search_link, settings) if settings.max_iterations > FIRST else None
-    known = chain(part.module, part.target, part.x0, settings.tolerance, link)
+    try:
+        with _searched(part.module):
+            known = chain(part.module, part.target, part.x0, settings.tolerance, link)
+    except ReverseError:  # of a part by itself: there is no way back part by part
+        return
     if known is None:
         return
     within = norms(known.x - part.x0) <= reach[rows]
@@ -360,8 +364,14 @@ def _search_link(
     It starts at the target where the part keeps the shape: what ends short of it from ``own`` is
     often a residual block that adds something bounded, whose answer lies about the target.
     """
-    start = target if target.shape == own.shape else own
-    gap, distance = (norms(target - link(x.clone())) for x in (own, start))
+    y = link(own.clone())
+    check_apart(link, own, y)
+    gap = distance = norms(target - y)
+    start = own
+    if target.shape == own.shape:
+        there = norms(target - link(target.clone()))
+        sound = there.isfinite() & (gap > 0)
+        start, distance = target.where(each(sound, target), own), there.where(sound, gap)
     none = torch.zeros_like(gap, dtype=torch.long)
     unbounded = torch.full_like(gap, torch.inf)
     goal = gap * settings.tolerance / 10

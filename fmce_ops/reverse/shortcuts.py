@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fmce_ops.reverse.checks import check_kind
 from fmce_ops.reverse.inverses import inverse_of
 from fmce_ops.reverse.linear import TRIVIAL, is_linear, is_plain, linear_step
 
@@ -60,6 +61,12 @@ def chain(
     Parameters
     ----------
     search : answers the links that have neither a closed form nor a direct solve.
+
+    Raises
+    ------
+    ReverseError
+        A link by itself cannot be reversed, though the whole can: it does not map one tensor to
+        one.
     """
     links = list(_links(module))
     known = all(is_linear(link) or inverse_of(link) for link in links)
@@ -68,6 +75,7 @@ def chain(
     inputs = [x0]
     for link in links[:-1]:
         inputs.append(link(inputs[-1].clone()))
+        check_kind(link, x0, inputs[-1])
     none = x0.new_zeros(len(x0), dtype=torch.float64)
     count, finished = none.long(), ~none.bool()
     for link, own in zip(reversed(links), reversed(inputs), strict=True):
