@@ -333,6 +333,20 @@ def test_what_residual_blocks_hide_from_one_another_is_found_block_by_block():
     assert not (as_one.status == Status.REACHED).any()
 
 
+def test_a_search_that_ended_goes_on_from_where_the_parts_lead():
+    torch.manual_seed(40)
+    hidden, size = (int(torch.randint(2, most, (1,))) for most in (6, 5))
+    layers = nn.Linear(size, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+    with torch.no_grad():
+        layers[0].bias -= 1.5  # most units rest
+    module = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    x0 = torch.randn(4, size)
+    target = module(x0).detach() + 0.3 * torch.randn(4, 2)
+    alone = reverse(AsOne(*module), target, x0, max_iterations=50)
+    assert alone.status[2] == Status.NEAREST and alone.residual[2] > 0.8
+    assert reverse(module, target, x0, max_iterations=50).status[2] == Status.REACHED
+
+
 def positive(x):
     if (x <= 0).any():
         raise ValueError("not positive")

@@ -393,4 +393,5 @@ def _take(problem: Problem, search: Search, rows: Tensor, known: Known) -> Tenso
     better = distance < search.distance[rows]
     taken = rows[better]
     search.x[taken], search.distance[taken] = known.x[better], distance[better]
+    search.stationary[taken] = False
     return taken
