@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
+from torchvision.models.maxvit import MaxVitBlock
 
 from machine import commit, processor
 
@@ -152,6 +153,7 @@ def study(
     target = nearest_logits(logits, (logits.argmax(1) + 1) % CLASSES, margin=1)
     head = Rest(network, stage, images[:1])
     asked = reverse(head, target, seen[1], max_iterations=heads)
+    stage = parts_of(stage)
     given = reverse(stage, asked.x, seen[0], max_iterations=few)
     noise = torch.randn_like(seen[0])
     noise *= NOISE * seen[0].norm() / noise.norm()
@@ -159,6 +161,13 @@ def study(
         near = stage(seen[0] + noise)
     known = reverse(stage, near, seen[0], max_iterations=many)
     return accuracy, {"head": asked, "stage": given, "stage, reachable": known}
+
+
+def parts_of(stage: nn.Module) -> nn.Module:
+    """The stage as the Sequential that it is, if it is written as a loop."""
+    if isinstance(stage, MaxVitBlock):
+        return nn.Sequential(*(layer.layers for layer in stage.layers))
+    return stage
 
 
 def digits(which: slice | Tensor, side: int) -> tuple[Tensor, Tensor]:
