@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import models, ops
 from torchvision.models.googlenet import Inception
 
+from reverse_small import Residual, Whole
+
 DEFORMED = torch.ones(2, 2, 1, 1)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,23 +305,6 @@ def test_starts_beside_are_the_same_every_time():
     assert torch.equal(once.x, again.x) and torch.equal(once.iterations, again.iterations)
 
 
-class Residual(nn.Module):
-    """Adds something of fixed length to its input, so that there is nothing that it cannot make."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.change = nn.Sequential(
-            nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size), nn.LayerNorm(size)
-        )
-
-    def forward(self, x):
-        return x + self.change(x)
-
-
-class AsOne(nn.Sequential):
-    """No plain Sequential, so that it is not walked block by block."""
-
-
 def test_what_residual_blocks_hide_from_one_another_is_found_block_by_block():
     torch.manual_seed(0)
     blocks = nn.Sequential(Residual(64), Residual(64)).eval()
@@ -329,7 +314,7 @@ def test_what_residual_blocks_hide_from_one_another_is_found_block_by_block():
     assert (found.status == Status.REACHED).all()
     gap = (target - blocks(x0)).norm(dim=1)
     assert ((blocks(found.x) - target).norm(dim=1) <= 1e-3 * gap).all()
-    as_one = reverse(AsOne(*blocks), target, x0, max_iterations=501)
+    as_one = reverse(Whole(*blocks), target, x0, max_iterations=501)
     assert not (as_one.status == Status.REACHED).any()
 
 
@@ -342,7 +327,7 @@ def test_a_search_that_ended_goes_on_from_where_the_parts_lead():
     module = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     x0 = torch.randn(4, size)
     target = module(x0).detach() + 0.3 * torch.randn(4, 2)
-    alone = reverse(AsOne(*module), target, x0, max_iterations=50)
+    alone = reverse(Whole(*module), target, x0, max_iterations=50)
     assert alone.status[2] == Status.NEAREST and alone.residual[2] > 0.8
     assert reverse(module, target, x0, max_iterations=50).status[2] == Status.REACHED
 
@@ -368,7 +353,7 @@ def test_parts_that_cannot_be_reversed_by_themselves_are_no_harm(parts):
     modules, x0 = [Bad(part) for part in parts], torch.randn(3, 3)
     target = torch.tensor([[0.3, -0.2, 3.0]]).repeat(3, 1)  # the last is out of reach
     found = reverse(nn.Sequential(*modules), target, x0, max_iterations=501)
-    as_one = reverse(AsOne(*modules), target, x0, max_iterations=501)
+    as_one = reverse(Whole(*modules), target, x0, max_iterations=501)
     assert (found.residual <= as_one.residual + 1e-6).all() and (found.residual < 1).all()
 
 

@@ -375,8 +375,8 @@ def _search_link(
     none = torch.zeros_like(gap, dtype=torch.long)
     unbounded = torch.full_like(gap, torch.inf)
     goal = gap * settings.tolerance / 10
-    problem = Problem(link, target, own, torch.zeros_like(gap), goal, unbounded)
-    problem = replace(problem, products=has_products(link, own[:1]))
+    undamped, products = torch.zeros_like(gap), has_products(link, own[:1])
+    problem = Problem(link, target, own, undamped, goal, unbounded, products)
     search = Search(start.clone(), distance, none, ~wanted)
     descend(problem, search, settings.max_iterations, unbounded)
     left = (settings.max_iterations - search.iterations) * wanted

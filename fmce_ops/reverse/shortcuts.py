@@ -1,4 +1,4 @@
-"""Answers without a search: linear maps, closed forms, and chains of both."""
+"""Answers without a search: linear maps and closed forms; and Sequentials, part by part."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
