@@ -15,9 +15,8 @@ a GPU; ``cpu`` is a smaller one for two cores, and ``cpu-cut`` the same with a c
 before it comes to rest (the paper's last marker lies at .73 to .97 of its epochs) and three times
 as many epochs of FMCE-Net.
 
-The commands are given in a clone, on a machine that has torch, torchvision, h5py, safetensors,
-Lightning Fabric, filelock and rich; fmce_ops need not be installed, and there may be no MLflow,
-no DVC and no network.
+The commands are given in a clone, on a machine that has torch, torchvision, h5py, Lightning Fabric
+and rich; fmce_ops need not be installed, and there may be no MLflow, no DVC and no network.
 
 Maps that do not fit on the disk are made and judged in parts: FMCE-Net learns from the parts one
 after the other, each with all its epochs, and then every part is made once more to be judged.

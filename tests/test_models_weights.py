@@ -2,17 +2,28 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from fmce_ops.errors import ModelError
 from fmce_ops.files import file_digest
-from fmce_ops.models import build, load_into, load_weights, save_weights
+from fmce_ops.models import build, library, load_into, load_weights, plain, save_weights, weights
 from fmce_ops.models.weights import load_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 WORDS = {"epoch": "3", "phase": "1", "dataset": "digits", "note": '\u00e9\n"'}
+
+
+@pytest.fixture(params=[library, plain], ids=["library", "plain"], autouse=True)
+def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library, and as on a machine that has none."""
+    monkeypatch.setattr(weights, "read", request.param.read)
+    monkeypatch.setattr(weights, "write", request.param.write)
 
 
 @pytest.fixture
@@ -53,6 +64,60 @@ def test_the_bytes_depend_on_the_content_alone(tmp_path: Path) -> None:
     state = {"a": torch.zeros(3), "b": torch.ones(2)}
     save_weights(tmp_path / "here", state, {key: key for key in "abcdefgh"})
     assert file_digest(tmp_path / "here") == file_digest(tmp_path / "there")
+
+
+def test_a_file_is_the_same_by_the_library_and_without_it(tmp_path: Path) -> None:
+    names = ("int64", "float64", "float32", "int32", "bfloat16", "float16", "int16", "int8")
+    tensors = {
+        f"{shape} of {name}": torch.randint(0, 100, shape).to(getattr(torch, name))
+        for name in (*names, "uint8", "bool")
+        for shape in [(3, 2), (), (0,), (2, 0, 3)]
+    }
+    words = {"metadata": '{"\u00e9": "\u2028\x01\x7f/\\\\\\""}'}
+    written = library.write(tensors, words)
+    assert plain.write(tensors, words) == written
+    (tmp_path / "file").write_bytes(written)
+    for means in (library, plain):
+        state, found = means.read(tmp_path / "file")
+        assert found == words
+        assert state.keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert torch.equal(state[name], value) and state[name].dtype == value.dtype
+
+
+@given(st.data())
+def test_whatever_the_bytes_are_a_file_is_read_or_refused(data: st.DataObject) -> None:
+    content = bytearray(plain.write({"a": torch.ones(2), "b": torch.ones(3, 2)}, {}))
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place : place + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    with TemporaryDirectory() as folder, suppress(ValueError):
+        path = Path(folder) / "file"
+        path.write_bytes(content)
+        plain.read(path)
+
+
+HEADERS = {
+    "no JSON": "{",
+    "no dictionary": "[]",
+    "nested without end": "[" * 100_000,
+    "no entry": '{"a": 1}',
+    "no place": '{"a": {"dtype": "U8", "shape": [8]}}',
+    "unknown type": '{"a": {"dtype": "X", "shape": [8], "data_offsets": [0, 8]}}',
+    "another size": '{"a": {"dtype": "U8", "shape": [7], "data_offsets": [0, 8]}}',
+    "less than nothing": '{"a": {"dtype": "U8", "shape": [-2, -4], "data_offsets": [0, 8]}}',
+    "a gap": '{"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}',
+    "beyond the end": '{"a": {"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}}',
+    "not to the end": '{"a": {"dtype": "U8", "shape": [7], "data_offsets": [0, 7]}}',
+    "no numbers": '{"a": {"dtype": "U8", "shape": ["8"], "data_offsets": [0, 8]}}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_header_that_does_not_tell_of_the_bytes_is_refused(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(ModelError, match=r"odd\.safetensors is missing or is not a whole"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("length", [0, 4, 60, -1])

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fmce_ops.errors import ModelError
 from fmce_ops.files import atomic
+
+try:
+    from fmce_ops.models.library import read, write
+except ModuleNotFoundError:  # on a machine with torch and little else, where cells are replicated
+    from fmce_ops.models.plain import read, write
 
 _KEY = "metadata"
 
@@ -28,7 +31,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     # One key: safetensors writes several in an order that changes from process to process.
     header = {_KEY: json.dumps(dict(metadata), sort_keys=True)}
     with atomic(path) as temporary:
-        temporary.write_bytes(save(tensors, header))
+        temporary.write_bytes(write(tensors, header))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -40,12 +43,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         The file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            state = {name: file.get_tensor(name) for name in names}
-            header = file.metadata() or {}
+        state, header = read(path)
         return state, json.loads(header.get(_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} is missing or is not a whole safetensors file: make the weights again."
         ) from error
