@@ -3,10 +3,11 @@
     PYTHONPATH=. python benchmarks/replicate.py cifar10-resnet50 STATE --data DATA --minutes 9
     PYTHONPATH=. python benchmarks/replicate.py --render
 
-A cell is a data set and a network. The first command works for about that many minutes, keeps all
-that it did in the folder STATE, and goes on from there when it is given again; its exit status is
-75 until it has written benchmarks/results/CELL-SCALE-SEED.json (--points and --compile are added to
-the name). The second command writes all results into docs/results.md.
+A cell is a data set and a network. The first command works for about that many minutes (it looks at
+the clock behind every point, shard and epoch of FMCE-Net), keeps all that it did in the folder
+STATE, and goes on from there when it is given again; its exit status is 75 until it has written
+benchmarks/results/CELL-SCALE-SEED.json (--points, --compile and the parts are added to the name).
+The second command writes all results into docs/results.md.
 
 DATA holds MNIST/raw, cifar-10-batches-py or cifar10/{train,test}, and mini-imagenet/{train,val}, as
 their downloads leave them; where there is no val, a twentieth of the training images is taken. The
@@ -735,8 +736,9 @@ def listed(markers: Any) -> str:
 
 
 def label(found: dict[str, Any]) -> str:
-    """Scale and seed."""
-    return f"{found['scale']}, {found['setting']['seed']}"
+    """Scale and seed, and in how many parts the maps were judged if not at once."""
+    parts = f", {found['parts']} parts" if found["parts"] > 1 else ""
+    return f"{found['scale']}, {found['setting']['seed']}{parts}"
 
 
 def row_one(found: dict[str, Any]) -> str:
@@ -858,6 +860,7 @@ def replicate(given: argparse.Namespace) -> None:
     with held(folder):
         with Slice(given.minutes) as reporter, restartable(folder):
             found = run(work_of(given, folder, reporter), given.data)
+        name += f"-parts{found['parts']}" if found["parts"] > 1 else ""
         write_json(RESULTS / f"{name}.json", found)
         shutil.rmtree(folder)
     print(f"{RESULTS.name}/{name}.json is written")

@@ -33,7 +33,7 @@ from fmce_ops.training.fmce import FmcePlan, train_fmce
 from fmce_ops.training.reporter import Reporters
 from PIL import Image
 
-from machine import cores
+from machine import commit, cores
 
 SIZE, BATCH = 64, 64
 STEPS = ("train", "features", "fmce")
@@ -87,10 +87,10 @@ def report() -> str:
         rows.append(f"| {case.name} | {seconds} | {disk:.0f} | {memory:.0f} |")
     return f"""# Larger cells
 
-`python benchmarks/scaling.py --write`; {cores()}, \
-torch {torch.__version__}. ShuffleNet V2 x0.5 at {SIZE} px, images of noise, one epoch each of the \
-original task and of FMCE-Net; seconds without the start of the process, MiB of shards, MiB of \
-memory at the peak of the largest process.
+`python benchmarks/scaling.py --write`; {cores()}; commit {commit()}, torch {torch.__version__}. \
+ShuffleNet V2 x0.5 at {SIZE} px, images of noise, one epoch each of the original task and of \
+FMCE-Net; seconds without the start of the process, MiB of shards, MiB of memory at the peak of \
+the largest process.
 
 | images | phases | on | train, s | features, s | fmce, s | disk, MiB | memory, MiB |
 |---|---|---|---|---|---|---|---|

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from machine import cores
+from machine import commit, cores
 
 STAGES = 10
 EPOCHS = 4
@@ -57,7 +57,7 @@ def head() -> str:
     """What was measured, where."""
     return f"""# A remote and a tracking server
 
-`python benchmarks/services.py --write`; {cores()}, everything \
+`python benchmarks/services.py --write`; {cores()}; commit {commit()}; everything \
 on the loopback of one machine, so that network and disk of real services are not in it.
 """
 

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from machine import commit, cores
 from replicate import count
 
 CLASSES = 10
@@ -247,7 +248,7 @@ def report(given: argparse.Namespace) -> str:
     words += ["--compile"] if given.compile else []
     return f"""## {given.backbone}, {given.size} px, on {where}
 
-`python benchmarks/throughput.py {" ".join(words)} --write`; {kind}, \
+`python benchmarks/throughput.py {" ".join(words)} --write`; {cores()}; commit {commit()}; {kind}, \
 batch {given.batch_size}, {given.images} pictures of {given.side} px, {given.workers} workers in \
 the plain loop, torch {torch.__version__}; the faster of a matrix product and a \
 convolution reaches {peak / 1e12:.2f} T operations a second.

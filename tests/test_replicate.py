@@ -104,7 +104,7 @@ def test_maps_larger_than_the_disk_are_judged_in_parts(
 ) -> None:
     all_maps = 200 * PHASES * 2 * 1024 / 1e9
     assert replicate(script, tmp_path / "state", data, "--disk", str(all_maps / 1.5))
-    result = found(script)
+    result = found(script, "-parts2")
     assert result["parts"] == 2
     for split in ("image", "paper"):
         confusion = np.array(result["fmce"][split]["confusion"])
@@ -459,6 +459,7 @@ def test_the_page_shows_published_figures_beside_ours(tmp_path: Path, script: Mo
         *("published", "cpu, 3", "cpu, 3"),  # table II, by image and by map
         "cpu, 3",
     ]
+    assert script.label(result | {"parts": 2}).endswith(", 2 parts")
     assert "(0.01)" in of_cell[1]  # not converged
     assert "10], 4 points an epoch | 0.5000" in of_cell[1]  # the scale has another number
     assert of_cell[-1].endswith("| a machine, torch.compile | abc |")
