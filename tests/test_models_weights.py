@@ -12,7 +12,7 @@ from fmce_ops.errors import ModelError
 from fmce_ops.files import file_digest
 from fmce_ops.models import build, library, load_into, load_weights, plain, save_weights, weights
 from fmce_ops.models.weights import load_checkpoint
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -85,6 +85,7 @@ def test_a_file_is_the_same_by_the_library_and_without_it(tmp_path: Path) -> Non
             assert torch.equal(state[name], value) and state[name].dtype == value.dtype
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_whatever_the_bytes_are_a_file_is_read_or_refused(data: st.DataObject) -> None:
     content = bytearray(plain.write({"a": torch.ones(2), "b": torch.ones(3, 2)}, {}))
@@ -96,6 +97,7 @@ def test_whatever_the_bytes_are_a_file_is_read_or_refused(data: st.DataObject) -
         plain.read(path)
 
 
+EIGHT = '{"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}'
 HEADERS = {
     "no JSON": "{",
     "no dictionary": "[]",
@@ -108,6 +110,13 @@ HEADERS = {
     "a gap": '{"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}',
     "beyond the end": '{"a": {"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}}',
     "not to the end": '{"a": {"dtype": "U8", "shape": [7], "data_offsets": [0, 7]}}',
+    "words that are a number": '{"__metadata__": 5, "a": ' + EIGHT + "}",
+    "a word that is a number": '{"__metadata__": {"metadata": 5}, "a": ' + EIGHT + "}",
+    "beyond all numbers": '{"a": {"dtype": "U8", "data_offsets": [0, 0], "shape": [0, 1'
+    + "0" * 400
+    + ']}, "b": '
+    + EIGHT
+    + "}",
     "no numbers": '{"a": {"dtype": "U8", "shape": ["8"], "data_offsets": [0, 8]}}',
 }
 

@@ -52,6 +52,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         header = json.loads(content[_LENGTH:begin])
         words = header.pop(_WORDS, {})
+        if not all(isinstance(word, str) for word in words.values()):
+            raise ValueError("its words are none")
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)[begin:]
         return _tensors(header, data), words
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError) as error:
