@@ -819,7 +819,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--disk", type=positive, help=disk)
     points = "records of loss and weights in an epoch, from which markers are taken; the scale's"
     parser.add_argument("--points", type=count, help=points)
-    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    compiled = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
+    words = "train through torch.compile, as on a GPU unless told otherwise"
+    parser.add_argument("--compile", **compiled, help=words)
     parser.add_argument("--render", action="store_true", help="write docs/results.md")
     given = parser.parse_args(arguments)
     if not given.render and (given.cell is None or given.state is None):

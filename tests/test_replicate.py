@@ -57,7 +57,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def replicate(script: ModuleType, state: Path, data: Path, *options: str) -> bool:
     """Give the command once; whether it ended."""
     try:
-        script.main([CELL, str(state), "--data", str(data), *options])
+        script.main([CELL, str(state), "--data", str(data), "--no-compile", *options])
     except SystemExit as end:
         assert end.code == script.NOT_YET
         return False
@@ -74,13 +74,19 @@ def found(script: ModuleType, asked: str = "") -> dict:
     return whole
 
 
-def test_what_is_asked_for_beside_the_scale_names_another_result(script: ModuleType) -> None:
+def test_what_is_asked_for_beside_the_scale_names_another_result(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def name(*options: str) -> str:
         return script.name_of(script.parsed([CELL, "state", *options]))
 
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert name() == name("--points", "1") == f"{CELL}-cpu-0"  # as the scale has it
     assert name("--seed", "3", "--points", "4") == f"{CELL}-cpu-3-points4"
     assert name("--compile", "--disk", "2") == f"{CELL}-cpu-0-compile"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert name() == f"{CELL}-cpu-0-compile"
+    assert name("--no-compile") == f"{CELL}-cpu-0"
 
 
 @pytest.mark.parametrize(("minutes", "most"), [("0.02", 60), ("0.000001", 24 + PHASES + 2 * 2)])
@@ -483,7 +489,7 @@ replicate.main(["{CELL}", *arguments])
 
 def test_a_bare_machine_is_enough(tmp_path: Path, script: ModuleType, data: Path) -> None:
     settings = [SCRIPT.parent, script.RESULTS, script.torch.get_num_threads()]
-    arguments = map(str, [*settings, tmp_path / "bare", "--data", data])
+    arguments = map(str, [*settings, tmp_path / "bare", "--data", data, "--no-compile"])
     command = [sys.executable, "-c", BARE, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr
