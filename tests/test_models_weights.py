@@ -85,6 +85,11 @@ def test_a_file_is_the_same_by_the_library_and_without_it(tmp_path: Path) -> Non
             assert torch.equal(state[name], value) and state[name].dtype == value.dtype
 
 
+def test_a_type_that_cannot_be_written_is_not_left_out() -> None:
+    with pytest.raises(ValueError, match="complex64"):
+        plain.write({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.complex64)}, {})
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_whatever_the_bytes_are_a_file_is_read_or_refused(data: st.DataObject) -> None:

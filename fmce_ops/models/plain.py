@@ -29,15 +29,21 @@ _TYPES = {  # in the order in which the library writes them
 
 
 def write(tensors: dict[str, Tensor], words: dict[str, str]) -> bytes:
-    """The file that holds contiguous tensors on the CPU, and words about them."""
+    """The file that holds contiguous tensors on the CPU, and words about them.
+
+    Raises
+    ------
+    ValueError
+        A tensor is of a type that is not in the table above.
+    """
     header: dict[str, Any] = {_WORDS: words}
     parts, end = list[bytes](), 0
-    for kind, dtype in _TYPES.items():
-        for name in sorted(name for name in tensors if tensors[name].dtype == dtype):
-            parts.append(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-            start, end = end, end + len(parts[-1])
-            shape = list(tensors[name].shape)
-            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    kinds, dtypes = list(_TYPES), list(_TYPES.values())
+    for place, name in sorted((dtypes.index(tensors[name].dtype), name) for name in tensors):
+        parts.append(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+        start, end = end, end + len(parts[-1])
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": kinds[place], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH)
     return b"".join([len(text).to_bytes(_LENGTH, "little"), text, *parts])
@@ -45,7 +51,7 @@ def write(tensors: dict[str, Tensor], words: dict[str, str]) -> bytes:
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file and the words about them; ValueError of a damaged one."""
-    content = path.read_bytes()
+    content = bytearray(path.read_bytes())
     begin = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
     if not _LENGTH < begin <= len(content):
         raise ValueError("its header does not fit into it")
@@ -54,7 +60,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         words = header.pop(_WORDS, {})
         if not all(isinstance(word, str) for word in words.values()):
             raise ValueError("its words are none")
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)[begin:]
+        data = torch.frombuffer(content, dtype=torch.uint8)[begin:]
         return _tensors(header, data), words
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError) as error:
         raise ValueError("its header does not describe tensors") from error
